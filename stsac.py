@@ -186,7 +186,6 @@ def reset(env, *key):
     seed = int(np.random.SeedSequence(key).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
-    env.action_space.seed(seed)
     obs, _ = env.reset(seed=seed)
     return obs
 
@@ -604,12 +603,12 @@ def train(args):
     timer_start, timer_step = time.perf_counter(), start
     bar = tqdm(total=args.total_timesteps, initial=start, disable=None, dynamic_ncols=True)
     for global_step in range(start + 1, args.total_timesteps + 1):
-        if global_step <= args.start_steps:
-            action = env.action_space.sample()
-        else:
-            with torch.no_grad():
+        with torch.no_grad():
+            if global_step <= args.start_steps:  # not action_space.sample(): environments may share that generator
+                action = actor.action_bias + actor.action_scale * (2 * torch.rand_like(actor.action_scale) - 1)
+            else:
                 action, _ = actor.get_action(torch.as_tensor(obs, dtype=torch.float32, device=device))
-            action = action.cpu().numpy()
+        action = action.cpu().numpy()
         next_obs, reward, terminated, truncated, info = env.step(action)
         if not (np.isfinite(next_obs).all() and np.isfinite(reward)):
             abort("the environment returned an observation or a reward that is not finite")
@@ -644,9 +643,11 @@ def train(args):
             scalars |= {"losses/qf_loss": (qf1_loss + qf2_loss) / 2, "charts/SPS": shown["SPS"]}
             scalars["losses/actor_loss"] = f2 if args.leader == "critic" else f1
             if args.autotune:
-                scalars["losses/alpha_loss"] = alpha_loss
+                scalars["losses/alpha_loss"] = alpha_loss.detach()
             if args.leader != "none":  # means over the updates since the last time
-                scalars |= {f"stackelberg/{name}": total / counted for name, total in totals.items()}
+                for name, total in totals.items():
+                    name = f"cg_{name}" if name in ("residual", "iterations") else name
+                    scalars[f"stackelberg/{name}"] = total / counted
                 scalars["stackelberg/lam"] = lam
             for name, value in scalars.items():
                 writer.add_scalar(name, float(value), global_step)

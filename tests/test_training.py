@@ -1,0 +1,433 @@
+"""The scripts as their users run them: learning, reproducibility, resuming, evaluation, logging, bad input."""
+
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import stsac
+
+ROOT = Path(__file__).parent.parent
+# a run of a few seconds: small networks, updates from step 100
+SMALL = {
+    **{"env_id": "point_env:Point-v0", "hidden": (32, 32), "batch_size": 32, "buffer_size": 10_000, "alpha": 0.02},
+    **{"start_steps": 200, "learning_starts": 100, "eval_every": 200, "eval_episodes": 3, "checkpoint_every": 200},
+    **{"save_model": True, "cuda": False, "gamma": 0.9, "cg_iters": 3},
+}
+
+
+def args(**changes):
+    return stsac.Args(**{**SMALL, "total_timesteps": 400, **changes})
+
+
+def flags(arguments):
+    """The command line of an Args."""
+    line = []
+    for name, value in vars(arguments).items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            line.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None and value != "":
+            line += [f"--{flag}", *(str(v) for v in (value if isinstance(value, tuple) else (value,)))]
+    return line
+
+
+def command(*line, cwd, script=ROOT / "stsac.py", **kwargs):
+    """Starts a script as a user would, with the test environments in reach."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+    kwargs = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": cwd, "env": env, **kwargs}
+    return subprocess.Popen([sys.executable, str(script), *map(str, line)], **kwargs)
+
+
+def finish(process):
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def weights(run_dir):
+    state = torch.load(run_dir / "model.pt", weights_only=True)
+    return {f"{net}.{name}": value for net in ("actor", "critic") for name, value in state[net].items()}
+
+
+def assert_same_weights(a, b):
+    a, b = weights(a), weights(b)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def scalars(run_dir):
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def mean_return(run_dir):
+    state = torch.load(run_dir / "model.pt", weights_only=True)
+    env = stsac.make_env("point_env:Point-v0")
+    actor = stsac.Actor(env.observation_space, env.action_space, SMALL["hidden"])
+    actor.load_state_dict(state["actor"])
+    return stsac.evaluate(actor, env, 20, 7).mean()
+
+
+@pytest.mark.parametrize("leader", ["actor", "critic", "none"])
+def test_learns(here, leader):
+    """A random walk on Point-v0 returns -18 ± 8 and standing still -13; going straight to the origin -1.8."""
+    run = args(leader=leader, total_timesteps=1200, lam=1.0, policy_lr=3e-3, q_lr=3e-3)
+    assert mean_return(stsac.train(run)) > -4
+
+
+def test_without_gradients_nothing_is_learned(here):
+    """The control of the test above: its threshold is out of reach for a policy that never took a step."""
+    for seed in (1, 2, 3):
+        run = args(leader="none", total_timesteps=1200, policy_lr=0.0, q_lr=0.0, seed=seed)
+        assert mean_return(stsac.train(run)) < -8
+
+
+@pytest.mark.parametrize("leader", ["actor", "critic", "none"])
+def test_same_seed_same_run(here, leader):
+    first, second, other = (stsac.train(args(leader=leader, seed=seed)) for seed in (1, 1, 2))
+    assert first != second  # a folder of its own, even within one second
+    assert_same_weights(first, second)
+    assert not all(torch.equal(a, b) for a, b in zip(weights(first).values(), weights(other).values()))
+
+
+def test_logging_and_evaluation_do_not_change_the_run(here):
+    a = stsac.train(args())
+    b = stsac.train(args(eval_every=130, eval_episodes=2, checkpoint_every=1000))
+    assert_same_weights(a, b)
+
+
+@pytest.mark.parametrize("changes", [{"leader": "actor"}, {"leader": "critic", "autotune": True, "unroll": 2}])
+def test_killed_and_resumed_ends_with_the_same_weights(here, changes):
+    """SIGKILL in the middle of an episode, after a checkpoint; then `--resume` and nothing else."""
+    run = args(total_timesteps=1000, buffer_size=300, **changes)  # the buffer wraps around
+    whole = here / stsac.train(run)
+    process = command(*flags(run), cwd=here)
+    deadline = time.time() + 120
+    while not (killed := [p for p in here.glob("runs/*/checkpoint.pt") if p.parent != whole]):
+        assert time.time() < deadline and process.poll() is None
+        time.sleep(0.02)
+    time.sleep(0.3)  # goes on past its checkpoint
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    killed = killed[0].parent
+    assert not (killed / "model.pt").exists()
+    code, out, err = finish(command("--resume", killed, "--env-id", run.env_id, cwd=here))
+    assert code == 0, err
+    assert_same_weights(whole, killed)
+    # and its curves are those of one run: nothing missing, nothing twice
+    a, b = scalars(whole), scalars(killed)
+    a.pop("charts/SPS"), b.pop("charts/SPS")
+    assert a.keys() == b.keys()
+    for tag in a:
+        assert [step for step, _ in a[tag]] == [step for step, _ in b[tag]]
+        if not tag.startswith("stackelberg/"):  # means since the last time, or since the resumption
+            assert [value for _, value in a[tag]] == [value for _, value in b[tag]]
+    steps = [line.split(":")[0] for line in (killed / "log.txt").read_text().splitlines()]
+    assert steps == [f"step {step}" for step in range(200, 1001, 200)]
+
+
+def test_a_longer_run_can_be_made_of_a_shorter_one(here):
+    short = stsac.train(args(total_timesteps=400))
+    resumed = stsac.train(args(total_timesteps=600, resume=str(short)))
+    assert resumed == short
+    assert_same_weights(resumed, stsac.train(args(total_timesteps=600)))
+
+
+class TestCheckpointsThatAreRefused:
+    @pytest.fixture
+    def run_dir(self, here):
+        return stsac.train(args())
+
+    def refused(self, capsys, run_dir, **changes):
+        """Exit code 2, one line, and every file as it was."""
+        before = {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()}
+        with pytest.raises(SystemExit) as error:
+            stsac.train(args(resume=str(run_dir), total_timesteps=600, **changes))
+        assert error.value.code == 2
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1
+        assert {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()} == before
+        return message
+
+    def test_truncated(self, run_dir, capsys):
+        checkpoint = run_dir / "checkpoint.pt"
+        for size in (0, 100, checkpoint.stat().st_size // 2, checkpoint.stat().st_size - 10):
+            data = checkpoint.read_bytes()
+            checkpoint.write_bytes(data[:size])
+            assert "checkpoint.pt" in self.refused(capsys, run_dir)
+            checkpoint.write_bytes(data)
+
+    def test_foreign(self, run_dir, capsys):
+        for content in ({"a": torch.ones(3)}, [1, 2], {"algorithm": "stddpg", "args": {}}):
+            torch.save(content, run_dir / "checkpoint.pt")
+            self.refused(capsys, run_dir)
+        (run_dir / "checkpoint.pt").write_text("not a checkpoint")
+        self.refused(capsys, run_dir)
+        shutil.copy(run_dir / "model.pt", run_dir / "checkpoint.pt")
+        self.refused(capsys, run_dir)
+
+    def test_never_runs_code(self, run_dir, capsys, here):
+        class Exploit:
+            def __reduce__(self):
+                return (Path.touch, (here / "owned",))
+
+        state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+        torch.save({**state, "episode": Exploit()}, run_dir / "checkpoint.pt")
+        self.refused(capsys, run_dir)
+        assert not (here / "owned").exists()
+        # an environment id can name a module to import: only the user may do that
+        state["args"]["env_id"] = "malicious:Point-v0"
+        (here / "malicious.py").write_text("raise AssertionError('imported')")
+        torch.save(state, run_dir / "checkpoint.pt")
+        assert "--env-id" in self.refused(capsys, run_dir)
+
+    @pytest.mark.parametrize("changes", [{"seed": 2}, {"leader": "none"}, {"hidden": (16, 16)}, {"lam": 1.0}])
+    def test_mismatched(self, run_dir, capsys, changes):
+        message = self.refused(capsys, run_dir, **changes)
+        assert next(iter(changes)) in message
+
+    def test_wrong_shapes(self, run_dir, capsys):
+        state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+        state["critic"]["q1.0.weight"] = torch.ones(2, 2)
+        torch.save(state, run_dir / "checkpoint.pt")
+        self.refused(capsys, run_dir)
+
+
+def test_atomic_save(here, monkeypatch):
+    """A kill while a checkpoint is written leaves the one before."""
+    stsac.save(here / "checkpoint.pt", args={}, global_step=1)
+
+    def killed(state, file):
+        file.write(b"half a checkpoint")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        stsac.save(here / "checkpoint.pt", args={}, global_step=2)
+    assert torch.load(here / "checkpoint.pt", weights_only=True)["global_step"] == 1
+
+
+BAD = {
+    "unknown environment": (["--env-id", "Walker2-v4"], "Walker2d-v4"),
+    "discrete actions": (["--env-id", "CartPole-v1"], "Discrete"),
+    "unbounded actions": (["--env-id", "point_env:PointUnbounded-v0"], "unbounded"),
+    "an environment that cannot be made": (["--env-id", "Pusher-v4"], "mujoco"),
+    "negative lam": (["--lam", "-1"], "--lam"),
+    "lam not a number": (["--lam", "nan"], "--lam"),
+    "no CG iterations": (["--cg-iters", "0"], "--cg-iters"),
+    "no follower steps": (["--unroll", "0"], "--unroll"),
+    "batch larger than the buffer": (["--batch-size", "200", "--buffer-size", "100"], "--batch-size"),
+    "resume of nothing": (["--resume", "no/such/run"], "no/such/run"),
+    "evaluate of nothing": (["--evaluate", "no/such/model.pt"], "no/such/model.pt"),
+    "lam-decay of zero": (["--lam-decay", "0"], "--lam-decay"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(here, case, capsys, monkeypatch):
+    """One line on stderr that names the trouble, exit code 2, and no run folder."""
+    line, expected = BAD[case]
+    monkeypatch.setattr(sys, "argv", ["stsac.py", *line])
+    with pytest.raises(SystemExit) as error:
+        stsac.main()
+    assert error.value.code == 2
+    message = capsys.readouterr().err
+    assert expected in message and message.count("\n") == 1
+    assert not (here / "runs").exists()
+
+
+def test_bad_input_from_the_shell(here):
+    code, out, err = finish(command("--env-id", "Hoper-v4", cwd=here))
+    assert code == 2 and out == "" and err.count("\n") == 1 and "Hopper-v4" in err
+
+
+def test_environment_that_returns_nan(here, capsys):
+    run = args(env_id="point_env:PointNaN-v0", checkpoint_every=50)
+    with pytest.raises(SystemExit) as error:
+        stsac.train(run)
+    assert error.value.code == 1
+    message = capsys.readouterr().err
+    assert "step 150" in message and message.count("\n") == 1
+    (checkpoint,) = here.glob("runs/*/checkpoint.pt")
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == 120
+
+
+def test_loss_that_becomes_infinite(here, capsys, monkeypatch):
+    """The run stops at that step; the checkpoint is from before it and has finite weights."""
+    steps, actor_loss = [], stsac.actor_loss
+
+    def diverging(*arguments):
+        steps.append(1)
+        return actor_loss(*arguments) * (math.inf if len(steps) == 200 else 1)
+
+    monkeypatch.setattr(stsac, "actor_loss", diverging)
+    with pytest.raises(SystemExit) as error:
+        stsac.train(args(leader="none", checkpoint_every=50))
+    assert error.value.code == 1
+    assert "step 299: a loss is not finite" in capsys.readouterr().err  # the 200th update, counted from step 100
+    state = torch.load(next(here.glob("runs/*/checkpoint.pt")), weights_only=True)
+    assert state["global_step"] == 240 and all(value.isfinite().all() for value in state["actor"].values())
+
+
+def test_parameters_that_are_not_finite_are_not_saved(here, capsys, monkeypatch):
+    """A finite loss can have a gradient that is not: the checkpoint before it stays."""
+    calls, step = [], stsac.step
+
+    def spoiling(optimizer, params, grads):
+        calls.append(1)
+        step(optimizer, params, [g * (math.nan if len(calls) == 362 else 1) for g in grads])
+
+    monkeypatch.setattr(stsac, "step", spoiling)  # two steps an update: the last before step 280's checkpoint
+    with pytest.raises(SystemExit):
+        stsac.train(args(leader="none", checkpoint_every=40))
+    assert "step 280" in capsys.readouterr().err
+    state = torch.load(next(here.glob("runs/*/checkpoint.pt")), weights_only=True)
+    assert state["global_step"] == 240
+
+
+class TestTimeLimits:
+    """`truncated` bootstraps, `terminated` does not."""
+
+    def checkpoint(self, env_id, here):
+        stsac.train(args(env_id=env_id, leader="none", total_timesteps=2100, checkpoint_every=1000, alpha=0.0))
+        return torch.load(next(here.glob("runs/*/checkpoint.pt")), weights_only=True)
+
+    def values(self, state, env_id):
+        env = stsac.make_env(env_id)
+        critic = stsac.Critic(env.observation_space, env.action_space, SMALL["hidden"])
+        critic.load_state_dict(state["critic"])
+        obs, actions, rewards, next_obs, terminated = state["buffer"]["data"]
+        return rewards, terminated, critic(obs, actions)[0].mean().item()
+
+    def test_timeout(self, here):
+        """Two episodes of 1,000 steps of reward 1 that time out: no transition is terminal, and Q → 1 / (1 - γ)."""
+        state = self.checkpoint("point_env:PointTimeout-v0", here)
+        assert state["global_step"] == 2000 and state["episode"] == 2
+        rewards, terminated, q = self.values(state, "point_env:PointTimeout-v0")
+        assert len(terminated) == 2000 and (rewards == 1).all() and (terminated == 0).all()
+        assert q > 5  # on its way to 10
+
+    def test_terminal(self, here):
+        """Episodes that really end after a reward of 1: Q = 1."""
+        state = self.checkpoint("point_env:PointTerminal-v0", here)
+        rewards, terminated, q = self.values(state, "point_env:PointTerminal-v0")
+        assert (terminated == 1).all() and q == pytest.approx(1, abs=0.1)
+
+
+def test_tensorboard_and_log(here):
+    run_dir = stsac.train(args(leader="actor", lam_decay=300.0, autotune=True))
+    found = scalars(run_dir)
+    names = "qf1_values qf2_values qf1_loss qf2_loss qf_loss actor_loss alpha alpha_loss"
+    expected = {f"losses/{name}" for name in names.split()}
+    expected |= {"charts/episodic_return", "charts/episodic_length", "charts/SPS"}
+    expected |= {"eval/episodic_return", "eval/episodic_return_std"}
+    names = "cg_residual cg_iterations negative_curvature direct_norm implicit_norm cosine lam"
+    expected |= {f"stackelberg/{name}" for name in names.split()}
+    assert found.keys() == expected
+    assert [step for step, _ in found["charts/episodic_return"]] == list(range(20, 401, 20))
+    assert all(value == 20 for _, value in found["charts/episodic_length"])
+    assert [step for step, _ in found["eval/episodic_return"]] == [200, 400]
+    assert all(math.isfinite(value) for values in found.values() for _, value in values)
+    assert dict(found["stackelberg/lam"])[300] == pytest.approx(500 / math.e)
+    assert all(0 < value <= 3 for _, value in found["stackelberg/cg_iterations"])
+    events = EventAccumulator(str(run_dir))
+    events.Reload()
+    text = events.Tensors("hyperparameters/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "|leader|actor|" in text and "|lam|500.0|" in text
+    log = (run_dir / "log.txt").read_text().splitlines()
+    assert len(log) == 2
+    mean, std = dict(found["eval/episodic_return"])[400], dict(found["eval/episodic_return_std"])[400]
+    assert log[1].startswith(f"step 400: eval return {mean:.2f} ± {std:.2f} (3 episodes)")
+
+
+def test_plain_sac_has_no_game(here):
+    assert not any(tag.startswith("stackelberg/") for tag in scalars(stsac.train(args(leader="none"))))
+
+
+def test_evaluate_plays_a_saved_model(here, capsys, monkeypatch):
+    run_dir = stsac.train(args())
+    line = ["--evaluate", str(run_dir / "model.pt"), "--eval-episodes", "4", "--env-id", SMALL["env_id"]]
+    monkeypatch.setattr(sys, "argv", ["stsac.py", *line])
+    capsys.readouterr()
+    stsac.main()
+    out = capsys.readouterr().out.splitlines()
+    printed = [float(text.split()[-1]) for text in out[:4]]
+    assert len(out) == 5 and f"mean return {np.mean(printed):.2f}"[:-1] in out[4]
+    # these are the model's returns, not another policy's
+    actor = stsac.Actor(
+        *(lambda env: (env.observation_space, env.action_space))(stsac.make_env(SMALL["env_id"])), (32, 32)
+    )
+    actor.load_state_dict(torch.load(run_dir / "model.pt", weights_only=True)["actor"])
+    returns = stsac.evaluate(actor, stsac.make_env(SMALL["env_id"]), 4, 1, 2)
+    np.testing.assert_allclose(printed, returns, atol=0.01)
+
+
+def test_the_copied_file_runs_alone(here):
+    """In an empty folder, with no other file of the project in reach; nothing but its lines is printed."""
+    shutil.copy(ROOT / "stsac.py", here)
+    line = "--env-id Pendulum-v1 --total-timesteps 450 --start-steps 100 --learning-starts 100 --eval-every 200".split()
+    line += "--eval-episodes 1 --checkpoint-every 200 --hidden 16 16 --no-cuda".split()
+    code, out, err = finish(command(*line, cwd=here, script=here / "stsac.py", env={**os.environ, "PYTHONPATH": ""}))
+    assert code == 0 and err == ""
+    (run_dir,) = here.glob("runs/*")
+    assert run_dir.name.startswith("Pendulum-v1__stsac-al__1__") and (run_dir / "checkpoint.pt").exists()
+    lines = out.splitlines()
+    assert lines[0] == f"runs/{run_dir.name}" and [text.split(":")[0] for text in lines[1:]] == ["step 200", "step 400"]
+
+
+def test_mujoco_v4_is_silent_but_for_its_lines(here):
+    """The deprecation of the paper's v4 ids is not shown to the user."""
+    line = "--env-id Hopper-v4 --total-timesteps 120 --start-steps 50 --learning-starts 50 --eval-every 100".split()
+    code, out, err = finish(command(*line, "--eval-episodes", 1, "--hidden", 16, 16, "--no-cuda", cwd=here))
+    assert code == 0 and err == "" and len(out.splitlines()) == 2
+
+
+def test_weights_and_biases_offline(here):
+    pytest.importorskip("wandb")
+    code, out, err = finish(command(*flags(args()), "--track", cwd=here))
+    assert code == 0, err
+    assert list(here.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_track_without_weights_and_biases(here, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(SystemExit) as error:
+        stsac.train(args(track=True))
+    message = capsys.readouterr().err
+    assert error.value.code == 2 and "pip install wandb" in message and message.count("\n") == 1
+
+
+def test_video_without_rendering(here, capsys):
+    """Point-v0 cannot render: one line that says what to install, and no run folder."""
+    with pytest.raises(SystemExit) as error:
+        stsac.train(args(capture_video=True))
+    message = capsys.readouterr().err
+    assert error.value.code == 2 and "moviepy" in message and "MUJOCO_GL" in message and message.count("\n") == 1
+    assert not (here / "runs").exists()
+
+
+def test_interrupt_is_one_line(here):
+    process = command(*flags(args(total_timesteps=100_000)), cwd=here)
+    while not list(here.glob("runs/*/checkpoint.pt")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    code, out, err = finish(process)
+    assert code == 130 and err.count("\n") == 1 and "--resume" in err
