@@ -20,6 +20,7 @@ import difflib
 import math
 import os
 import random
+import re
 import sys
 import time
 import warnings
@@ -146,12 +147,12 @@ def check_args(args):
 
 
 # Environment
-def make_env(env_id, video_folder=None, video_every=1):
-    """One environment with flat observations; with `video_folder` it records every `video_every`-th episode there."""
+def make_env(env_id, capture_video=False):
+    """One environment with flat observations and the statistics of its episodes; stops if it does not suit."""
     # v4 ids are the paper's tasks; their deprecation is known and is the one warning that is silenced
     warnings.filterwarnings("ignore", r".*The environment \S+ is out of date", DeprecationWarning)
     try:
-        env = gym.make(env_id, render_mode="rgb_array" if video_folder else None)
+        env = gym.make(env_id, render_mode="rgb_array" if capture_video else None)
     except gym.error.UnregisteredEnv:
         near = difflib.get_close_matches(env_id, gym.registry, n=5)
         stop(f"unknown environment {env_id!r}" + (f"; near matches: {', '.join(near)}" if near else ""))
@@ -164,11 +165,12 @@ def make_env(env_id, video_folder=None, video_every=1):
         stop(f"{env_id} has the action space {space}; a one-dimensional Box is needed")
     if not np.isfinite([space.low, space.high]).all():
         stop(f"{env_id} has the unbounded action space {space}; a bounded one is needed")
-    if video_folder:
+    if capture_video:
         try:
+            import moviepy  # noqa: F401, what RecordVideo needs
+
             env.reset()
             env.render()
-            env = gym.wrappers.RecordVideo(env, str(video_folder), lambda e: e % video_every == 0, name_prefix="eval")
         except Exception as e:  # every rendering backend has its own errors
             stop(
                 "cannot record videos: install moviepy (pip install moviepy) and OpenGL (on Debian: apt install "
@@ -463,13 +465,14 @@ def evaluate_model(args):
     """`--evaluate PATH`: plays a saved model, prints each episode's return, and returns them."""
     state = load(args.evaluate, args, "actor")
     saved = state["args"]
-    video_folder = Path(args.evaluate).parent / "videos" if args.capture_video else None
-    env = make_env(saved["env_id"], video_folder, args.eval_episodes)
+    env = make_env(saved["env_id"], args.capture_video)
     actor = Actor(env.observation_space, env.action_space, saved["hidden"])
     try:
         actor.load_state_dict(state["actor"])
     except RuntimeError:
         stop(f"{args.evaluate} does not fit {saved['env_id']}: its networks have other shapes")
+    if args.capture_video:
+        env = gym.wrappers.RecordVideo(env, str(Path(args.evaluate).parent / "videos"), lambda e: e == 0)
     returns = evaluate(actor, env, args.eval_episodes, args.seed, 2)
     env.close()
     for episode, episodic_return in enumerate(returns):
@@ -525,12 +528,16 @@ def load_checkpoint(args):
 
 # Training
 def new_run_dir(args):
-    """runs/{env_id}__{exp_name}__{seed}__{unix time}, not made yet."""
+    """Makes the run's own folder runs/{env_id}__{exp_name}__{seed}__{unix time}."""
     exp_name = args.exp_name or {"none": "sac", "actor": "stsac-al", "critic": "stsac-cl"}[args.leader]
-    now = int(time.time())
-    while (run_dir := Path("runs") / f"{args.env_id}__{exp_name}__{args.seed}__{now}").exists():
-        now += 1
-    return run_dir
+    env_name, now = re.sub(r"[^\w.-]", "-", args.env_id), int(time.time())
+    while True:
+        try:
+            run_dir = Path("runs") / f"{env_name}__{exp_name}__{args.seed}__{now}"
+            run_dir.mkdir(parents=True)
+            return run_dir
+        except FileExistsError:  # of a run that started in the same second
+            now += 1
 
 
 def train(args):
@@ -550,10 +557,7 @@ def train(args):
         except ImportError:
             stop("--track needs Weights and Biases: pip install wandb")
 
-    run_dir = Path(args.resume) if args.resume else new_run_dir(args)
-    env = make_env(args.env_id)
-    eval_env = make_env(args.env_id, run_dir / "videos" if args.capture_video else None, args.eval_episodes)
-
+    env, eval_env = make_env(args.env_id), make_env(args.env_id, args.capture_video)
     spaces = env.observation_space, env.action_space
     actor, critic, target_critic = nets = [net(*spaces, args.hidden).to(device) for net in (Actor, Critic, Critic)]
     target_critic.load_state_dict(critic.state_dict())
@@ -575,12 +579,15 @@ def train(args):
             torch.set_rng_state(state["rng"])
             if device.type == "cuda" and state["cuda_rng"] is not None:
                 torch.cuda.set_rng_state(state["cuda_rng"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as e:
+        except Exception as e:  # a file can hold anything
             stop(f"cannot resume {args.resume}: its checkpoint is not of this run ({' '.join(str(e).split())})")
         state = None  # the buffer is in memory twice until here
     alpha = log_alpha.exp().item() if args.autotune else args.alpha
 
-    run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
+    run_dir = Path(args.resume) if args.resume else new_run_dir(args)
+    if args.capture_video:
+        first = lambda e: e % args.eval_episodes == 0  # noqa: E731
+        eval_env = gym.wrappers.RecordVideo(eval_env, str(run_dir / "videos"), first, name_prefix="eval")
     if args.track:
         run = {"name": run_dir.name, "id": run_dir.name, "resume": "allow", "config": asdict(args), "save_code": True}
         wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True, **run)
@@ -637,11 +644,13 @@ def train(args):
                 q1, q2 = critic(batches[0].obs, batches[0].actions)
                 y = td_target(actor, target_critic, batches[0], args.gamma, alpha)
             qf1_loss, qf2_loss = F.mse_loss(q1, y), F.mse_loss(q2, y)
-            shown["SPS"] = int((global_step - timer_step) / (time.perf_counter() - timer_start))
             scalars = {"losses/qf1_values": q1.mean(), "losses/qf2_values": q2.mean(), "losses/alpha": alpha}
             scalars |= {"losses/qf1_loss": qf1_loss, "losses/qf2_loss": qf2_loss}
-            scalars |= {"losses/qf_loss": (qf1_loss + qf2_loss) / 2, "charts/SPS": shown["SPS"]}
+            scalars |= {"losses/qf_loss": (qf1_loss + qf2_loss) / 2}
             scalars["losses/actor_loss"] = f2 if args.leader == "critic" else f1
+            if updates > 10:
+                shown["SPS"] = int((global_step - timer_step) / (time.perf_counter() - timer_start))
+                scalars["charts/SPS"] = shown["SPS"]
             if args.autotune:
                 scalars["losses/alpha_loss"] = alpha_loss.detach()
             if args.leader != "none":  # means over the updates since the last time
