@@ -45,7 +45,7 @@ class Args:
     seed: int = 1
     """seed of the experiment"""
     torch_deterministic: bool = True
-    """if toggled, `torch.backends.cudnn.deterministic=False`"""
+    """the value of `torch.backends.cudnn.deterministic`"""
     cuda: bool = True
     """if toggled, cuda will be enabled where there is one"""
     num_threads: int = 1
@@ -354,8 +354,8 @@ def conjugate_gradient(matvec, b, max_iters, tol, preconditioner=None):
         curvature = pAp / (p @ p)
         max_curvature = torch.maximum(max_curvature, curvature)
         flat = active & curvature.isfinite() & (curvature <= eps * max_curvature)
-        step = rz / pAp
-        x_new, r_new = x + step * p, r - step * Ap
+        alpha = rz / pAp
+        x_new, r_new = x + alpha * p, r - alpha * Ap
         finite = x_new.isfinite().all() & r_new.isfinite().all()
         good = active & ~flat & finite
         negative_curvature = negative_curvature | flat
@@ -513,8 +513,6 @@ def load(path, args, *keys):
         stop(f"{path} is damaged or foreign ({type(e).__name__})")
     if not isinstance(state, dict) or state.get("algorithm") != ALGORITHM or not {"args", *keys} <= state.keys():
         stop(f"{path} is not a {ALGORITHM} file that can be used for this")
-    if state["args"].keys() != asdict(args).keys():
-        stop(f"{path} was made by another version of {Path(__file__).name}")
     env_id = state["args"]["env_id"]
     if ":" in env_id and env_id != args.env_id:
         stop(f"{path} wants a module imported for its environment; to allow that, say --env-id {env_id}")
@@ -523,13 +521,17 @@ def load(path, args, *keys):
 
 def load_checkpoint(args):
     """The checkpoint of the run in the folder `args.resume`."""
-    return load(Path(args.resume) / "checkpoint.pt", args, "global_step", "buffer", "rng")
+    state = load(Path(args.resume) / "checkpoint.pt", args, "global_step", "buffer", "rng")
+    if state["args"].keys() != asdict(args).keys():
+        stop(f"cannot resume {args.resume}: it was made by another version of {Path(__file__).name}")
+    return state
 
 
 # Training
 def new_run_dir(args):
     """Makes the run's own folder runs/{env_id}__{exp_name}__{seed}__{unix time}."""
-    exp_name = args.exp_name or {"none": "sac", "actor": "stsac-al", "critic": "stsac-cl"}[args.leader]
+    names = {"none": ALGORITHM.removeprefix("st"), "actor": f"{ALGORITHM}-al", "critic": f"{ALGORITHM}-cl"}
+    exp_name = args.exp_name or names[args.leader]
     env_name, now = re.sub(r"[^\w.-]", "-", args.env_id), int(time.time())
     while True:
         try:
@@ -616,6 +618,8 @@ def train(args):
             else:
                 action, _ = actor.get_action(torch.as_tensor(obs, dtype=torch.float32, device=device))
         action = action.cpu().numpy()
+        if not np.isfinite(action).all():
+            abort("the policy's action is not finite")
         next_obs, reward, terminated, truncated, info = env.step(action)
         if not (np.isfinite(next_obs).all() and np.isfinite(reward)):
             abort("the environment returned an observation or a reward that is not finite")

@@ -1,0 +1,693 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.11,<2.14", "gymnasium[mujoco]>=1.2", "numpy", "tensorboard", "tqdm", "tyro>=0.9"]
+# ///
+"""Stackelberg deep deterministic policy gradient (STDDPG-AL, STDDPG-CL) and plain DDPG in one file.
+
+Zheng, Fiez, Alumbaugh, Chasnov, Ratliff: Stackelberg Actor-Critic: Game-Theoretic Reinforcement Learning Algorithms,
+2021. Numbers in parentheses are the paper's equations. Every player minimises a cost: the actor (parameters θ)
+-J(θ, w), the critic (parameters w) L(θ, w). The leader follows the total derivative of its cost through the
+follower's best response; everything else is DDPG.
+
+    python stddpg.py --env-id Hopper-v4 --leader actor --lam 500     # STDDPG-AL
+    python stddpg.py --env-id Hopper-v4 --leader critic              # STDDPG-CL
+    python stddpg.py --env-id Hopper-v4 --leader none                # DDPG
+    python stddpg.py --resume runs/Hopper-v4__stddpg-al__1__1700000000
+    python stddpg.py --evaluate runs/Hopper-v4__stddpg-al__1__1700000000/model.pt
+"""
+
+import difflib
+import math
+import os
+import random
+import re
+import sys
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    exp_name: str = ""
+    """the name of this experiment (default: the algorithm's, which is ddpg, stddpg-al or stddpg-cl)"""
+    seed: int = 1
+    """seed of the experiment"""
+    torch_deterministic: bool = True
+    """the value of `torch.backends.cudnn.deterministic`"""
+    cuda: bool = True
+    """if toggled, cuda will be enabled where there is one"""
+    num_threads: int = 1
+    """CPU threads of this run; more only pay where cores are idle"""
+    track: bool = False
+    """if toggled, this experiment will be tracked with Weights and Biases"""
+    wandb_project_name: str = "stackelberg-actor-critic"
+    """the wandb's project name"""
+    wandb_entity: str | None = None
+    """the entity (team) of wandb's project"""
+    capture_video: bool = False
+    """whether to record the first episode of each evaluation (see `videos` in the run's folder)"""
+    save_model: bool = False
+    """whether to save the model (`model.pt` in the run's folder) at the end"""
+    eval_every: int = 10_000
+    """environment steps between two evaluations"""
+    eval_episodes: int = 10
+    """episodes of an evaluation, played without exploration noise in a separate environment"""
+    checkpoint_every: int = 10_000
+    """environment steps between two checkpoints; each waits for the end of the episode"""
+    resume: str | None = None
+    """the folder of a run to carry on; its flags need not be repeated"""
+    evaluate: str | None = None
+    """a model to play for `--eval-episodes` episodes instead of training"""
+
+    # Algorithm specific arguments
+    env_id: str = "Hopper-v4"
+    """the environment id of the task"""
+    total_timesteps: int = 1_000_000
+    """total timesteps of the experiment"""
+    buffer_size: int = 1_000_000
+    """the replay memory buffer size"""
+    gamma: float = 0.99
+    """the discount factor gamma"""
+    tau: float = 0.005
+    """target smoothing coefficient (the paper's Polyak average is 1 - tau)"""
+    batch_size: int = 100
+    """the batch size of sample from the replay memory"""
+    start_steps: int = 10_000
+    """timesteps of uniformly random actions at the start"""
+    learning_starts: int = 1_000
+    """timestep to start learning"""
+    policy_lr: float = 1e-3
+    """the learning rate of the actor's Adam"""
+    q_lr: float = 1e-3
+    """the learning rate of the critic's Adam"""
+    exploration_noise: float = 0.1
+    """standard deviation of the exploration noise, in half widths of the action space"""
+    target_policy: bool = False
+    """take next actions from the usual target actor, not from the current policy (footnote 4); leader none only"""
+    hidden: tuple[int, ...] = (256, 256)
+    """hidden layers of the actor and of the Q network"""
+
+    # The Stackelberg game
+    leader: Literal["actor", "critic", "none"] = "actor"
+    """the player that follows its total derivative; none: plain DDPG, the limit λ → ∞ of both"""
+    lam: float = 500.0
+    """λ of the regularized follower Hessian ∇₂²f2 + λI (Section 4.5)"""
+    lam_decay: float | None = None
+    """time constant in environment steps: λ exp(-t / lam_decay); the paper's released code has 1e5 (default: off)"""
+    unroll: int = 1
+    """m of Algorithm 2: follower steps for one of the leader's (leader none: critic steps)"""
+    cg_iters: int = 10
+    """most conjugate gradient iterations, each one Hessian-vector product"""
+    cg_tol: float = 1e-3
+    """relative residual at which conjugate gradient stops"""
+
+
+def stop(message, code=2):
+    """Ends the program with one line on stderr: code 2 for bad input, 1 for a run that went wrong."""
+    print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def check_args(args):
+    """Refuses values that no run can have."""
+    for ok, message in [
+        (args.seed >= 0, "--seed must not be negative"),
+        (args.lam >= 0 and math.isfinite(args.lam), "--lam must be finite and at least 0 (λ → ∞ is --leader none)"),
+        (args.lam_decay is None or args.lam_decay > 0, "--lam-decay must be positive"),
+        (args.unroll >= 1, "--unroll must be at least 1"),
+        (args.cg_iters >= 1, "--cg-iters must be at least 1 (0 would be --leader none)"),
+        (args.cg_tol >= 0, "--cg-tol must not be negative"),
+        (args.batch_size >= 1, "--batch-size must be at least 1"),
+        (args.batch_size <= args.buffer_size, "--batch-size must not be larger than --buffer-size"),
+        (0 <= args.gamma <= 1, "--gamma must be in [0, 1]"),
+        (0 < args.tau <= 1, "--tau must be in (0, 1]"),
+        (args.policy_lr >= 0 and args.q_lr >= 0, "--policy-lr and --q-lr must not be negative"),
+        (args.exploration_noise >= 0, "--exploration-noise must not be negative"),
+        (not args.target_policy or args.leader == "none", "--target-policy takes θ out of L: it needs --leader none"),
+        (all(width >= 1 for width in args.hidden), "--hidden must be positive layer widths"),
+        (args.total_timesteps >= 1, "--total-timesteps must be at least 1"),
+        (args.start_steps >= 0 and args.learning_starts >= 0, "--start-steps, --learning-starts must not be negative"),
+        (args.eval_every >= 1 and args.eval_episodes >= 1, "--eval-every and --eval-episodes must be at least 1"),
+        (args.checkpoint_every >= 1, "--checkpoint-every must be at least 1"),
+        (args.num_threads >= 1, "--num-threads must be at least 1"),
+    ]:
+        if not ok:
+            stop(message)
+
+
+# Environment
+def make_env(env_id, capture_video=False):
+    """One environment with flat observations and the statistics of its episodes; stops if it does not suit."""
+    # v4 ids are the paper's tasks; their deprecation is known and is the one warning that is silenced
+    warnings.filterwarnings("ignore", r".*The environment \S+ is out of date", DeprecationWarning)
+    try:
+        env = gym.make(env_id, render_mode="rgb_array" if capture_video else None)
+    except gym.error.UnregisteredEnv:
+        near = difflib.get_close_matches(env_id, gym.registry, n=5)
+        stop(f"unknown environment {env_id!r}" + (f"; near matches: {', '.join(near)}" if near else ""))
+    except Exception as e:  # whatever a third party's constructor raises
+        stop(f"cannot make environment {env_id!r}: {' '.join(str(e).split())}")
+    if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
+        env = gym.wrappers.FlattenObservation(env)
+    space = env.action_space
+    if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+        stop(f"{env_id} has the action space {space}; a one-dimensional Box is needed")
+    if not np.isfinite([space.low, space.high]).all():
+        stop(f"{env_id} has the unbounded action space {space}; a bounded one is needed")
+    if capture_video:
+        try:
+            import moviepy  # noqa: F401, what RecordVideo needs
+
+            env.reset()
+            env.render()
+        except Exception as e:  # every rendering backend has its own errors
+            stop(
+                "cannot record videos: install moviepy (pip install moviepy) and OpenGL (on Debian: apt install "
+                f"libegl1, then MUJOCO_GL=egl, or libosmesa6, then MUJOCO_GL=osmesa): {' '.join(str(e).split())}"
+            )
+    return gym.wrappers.RecordEpisodeStatistics(env)
+
+
+def reset(env, *key):
+    """Starts an episode with randomness that depends on `key` (integers) alone; returns the observation.
+
+    All that is random outside torch is seeded anew for each episode. So a checkpoint between two episodes has nothing
+    of the simulator to save.
+    """
+    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    obs, _ = env.reset(seed=seed)
+    return obs
+
+
+# Networks
+def mlp(*sizes):
+    """Linear layers of the given sizes with ReLU between them."""
+    layers = []
+    for n_in, n_out in zip(sizes[:-1], sizes[1:]):
+        layers += [nn.Linear(n_in, n_out), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+class Actor(nn.Module):
+    """Deterministic policy μ_θ(s), scaled to the bounds of the action space."""
+
+    def __init__(self, observation_space, action_space, hidden=(256, 256)):
+        super().__init__()
+        obs_dim, act_dim = math.prod(observation_space.shape), math.prod(action_space.shape)
+        self.net = mlp(obs_dim, *hidden, act_dim)
+        low, high = torch.tensor(action_space.low), torch.tensor(action_space.high)
+        self.register_buffer("action_scale", ((high - low) / 2).float())
+        self.register_buffer("action_bias", ((high + low) / 2).float())
+
+    def forward(self, obs):
+        """obs [..., obs_dim] -> actions [..., act_dim]."""
+        return torch.tanh(self.net(obs)) * self.action_scale + self.action_bias
+
+
+class Critic(nn.Module):
+    """Q network Q_w(s, a)."""
+
+    def __init__(self, observation_space, action_space, hidden=(256, 256)):
+        super().__init__()
+        n_in = math.prod(observation_space.shape) + math.prod(action_space.shape)
+        self.q1 = mlp(n_in, *hidden, 1)
+
+    def forward(self, obs, actions):
+        """obs [B, obs_dim], actions [B, act_dim] -> Q_w, [B]."""
+        x = torch.cat([obs, actions], dim=-1)
+        return self.q1(x).squeeze(-1)  # critical: [B, 1] against [B] would broadcast
+
+
+# Replay buffer
+class Batch(NamedTuple):
+    """ξ = (s, a, r, s') and whether s' is terminal: tensors, first axis B."""
+
+    obs: torch.Tensor
+    actions: torch.Tensor
+    rewards: torch.Tensor
+    next_obs: torch.Tensor
+    terminated: torch.Tensor
+
+
+class ReplayBuffer:
+    """The last `size` transitions, on `device`, in float32."""
+
+    def __init__(self, size, observation_space, action_space, device):
+        obs, act = observation_space.shape, action_space.shape
+        # empty, not zeros: memory is only taken once it is written to
+        self.data = Batch(*(torch.empty(size, *shape, device=device) for shape in (obs, act, (), obs, ())))
+        self.size, self.pos, self.full, self.device = size, 0, False, device
+
+    def __len__(self):
+        return self.size if self.full else self.pos
+
+    def add(self, *transition):
+        """(s, a, r, s', terminated). A time limit is not terminal: the critic bootstraps through it."""
+        for column, value in zip(self.data, transition):
+            column[self.pos] = torch.as_tensor(value)
+        self.pos += 1
+        if self.pos == self.size:
+            self.pos, self.full = 0, True
+
+    def sample(self, batch_size):
+        """A batch drawn uniformly with replacement."""
+        index = torch.randint(len(self), (batch_size,), device=self.device)
+        return Batch(*(column.index_select(0, index) for column in self.data))
+
+    def state_dict(self):
+        # clone: saving a slice would write the whole buffer
+        return {"data": [column[: len(self)].clone() for column in self.data], "pos": self.pos, "full": self.full}
+
+    def load_state_dict(self, state):
+        for column, saved in zip(self.data, state["data"]):
+            column[: len(saved)] = saved
+        self.pos, self.full = state["pos"], state["full"]
+
+
+# Losses
+def actor_loss(actor, critic, batch):
+    """The actor's cost -J(θ, w), (7): a scalar."""
+    return -critic(batch.obs, actor(batch.obs)).mean()
+
+
+def td_target(actor, target_critic, batch, gamma):
+    """y = r + γ Q_0(s', μ_θ(s')), in (8), [B].
+
+    The next action is the current policy's (footnote 4), so y depends on θ through the action, and only so does L.
+    Critical: no `no_grad` here, or the leader's implicit term is zero and STDDPG is DDPG.
+    """
+    return batch.rewards + gamma * (1 - batch.terminated) * target_critic(batch.next_obs, actor(batch.next_obs))
+
+
+def critic_loss(actor, critic, target_critic, batch, gamma):
+    """The critic's cost L(θ, w), (8): a scalar, differentiable in w and, through y, in θ."""
+    y = td_target(actor, target_critic, batch, gamma)
+    return ((critic(batch.obs, batch.actions) - y) ** 2).mean()
+
+
+# Solver
+def conjugate_gradient(matvec, b, max_iters, tol, preconditioner=None):
+    """Solves Ax = b for a symmetric A by conjugate gradient, from x = 0.
+
+    matvec: v -> Av; b: [n]; preconditioner: r -> an approximation of A⁻¹r, symmetric positive definite.
+    Stops at ‖b - Ax‖ ≤ tol ‖b‖. At pᵀAp ≤ 0 (to rounding: A is not positive definite) or at the first number that is
+    not finite it keeps the last good x, 0 if there is none: x is finite whatever A and b are.
+    Returns x and info, tensors on b's device: residual (relative; inf after a number that was not finite), iterations
+    (those that changed x) and negative_curvature.
+    """
+    eps = torch.finfo(b.dtype).eps
+    tol = max(tol, eps)  # the recursion for r goes on shrinking below rounding, where it means nothing
+    x, r, b_norm = torch.zeros_like(b), b, b.norm()
+    z = r if preconditioner is None else preconditioner(r)
+    p, rz = z, r @ z
+    residual = (b_norm != 0).to(b.dtype)
+    max_curvature, iterations = torch.zeros_like(b_norm), torch.zeros_like(b_norm)
+    broken = ~b_norm.isfinite()
+    negative_curvature = torch.zeros_like(broken)
+    active = ~broken & (residual > tol)
+    for _ in range(max_iters):
+        # On a CPU an early stop is free; on a GPU reading `active` would stall it, so the masks do the work instead.
+        if b.device.type == "cpu" and not active:
+            break
+        Ap = matvec(p)
+        pAp = p @ Ap
+        curvature = pAp / (p @ p)
+        max_curvature = torch.maximum(max_curvature, curvature)
+        flat = active & curvature.isfinite() & (curvature <= eps * max_curvature)
+        alpha = rz / pAp
+        x_new, r_new = x + alpha * p, r - alpha * Ap
+        finite = x_new.isfinite().all() & r_new.isfinite().all()
+        good = active & ~flat & finite
+        negative_curvature = negative_curvature | flat
+        broken = broken | (active & ~flat & ~finite)
+        x, r = torch.where(good, x_new, x), torch.where(good, r_new, r)
+        residual = torch.where(good, r.norm() / b_norm, residual)
+        iterations = iterations + good
+        z = r if preconditioner is None else preconditioner(r)
+        rz, rz_old = r @ z, rz
+        p = z + rz / rz_old * p
+        active = good & (residual > tol)
+    residual = torch.where(broken, math.inf, residual)
+    return x, {"residual": residual, "iterations": iterations, "negative_curvature": negative_curvature}
+
+
+# Stackelberg gradient
+def grad(outputs, inputs, grad_outputs=None, create_graph=False):
+    """`torch.autograd.grad` on a graph that is kept; an input that does not matter gets zeros."""
+    return torch.autograd.grad(
+        outputs, inputs, grad_outputs, retain_graph=True, create_graph=create_graph, materialize_grads=True
+    )
+
+
+def flatten(tensors):
+    """One vector of all entries."""
+    return torch.cat([t.reshape(-1) for t in tensors])
+
+
+def stackelberg_gradient(f1, f2, x1, x2, lam, cg_iters, cg_tol, grad2_f2=None):
+    """The leader's total derivative, (15) and (16) with the regularization of Section 4.5:
+
+        ∇₁f1 - (∇₂₁f2)ᵀ (∇₂²f2 + λI)⁻¹ ∇₂f1
+
+    f1, f2: the leader's and the follower's cost, scalars with their graphs; x1, x2: their lists of parameters;
+    grad2_f2: ∇₂f2 with its graph (create_graph=True), if the caller has it already.
+    Returns a list of tensors like x1, and info: the solver's, and the norms of the direct term ∇₁f1 and of the
+    implicit term (all the rest, with its sign), and the cosine between the two.
+    """
+    grads = grad(f1, [*x1, *x2])
+    direct, grad2_f1 = grads[: len(x1)], flatten(grads[len(x1) :])
+    grad2_f2 = flatten(grad(f2, x2, create_graph=True) if grad2_f2 is None else grad2_f2)
+
+    def damped_hessian(v):
+        return flatten(grad(grad2_f2, x2, v)) + lam * v
+
+    v, info = conjugate_gradient(damped_hessian, grad2_f1, cg_iters, cg_tol)
+    implicit = grad(grad2_f2, x1, -v)
+    d, i = flatten(direct), flatten(implicit)
+    info["direct_norm"], info["implicit_norm"] = d.norm(), i.norm()
+    info["cosine"] = F.cosine_similarity(d, i, dim=0)
+    return [a + b for a, b in zip(direct, implicit)], info
+
+
+# Update
+def step(optimizer, params, grads):
+    """One optimizer step along given gradients."""
+    for p, g in zip(params, grads):
+        p.grad = g.detach()
+    optimizer.step()
+
+
+def stackelberg_update(actor, critic, target_actor, target_critic, actor_optimizer, q_optimizer, batches, lam, args):
+    """One iteration of Algorithm 2 (with one batch: of Algorithm 1, (11)-(14)), and the target networks' step.
+
+    The follower takes a step on each of the batches, the leader one on the first; both first gradients are taken at
+    the same (θ_k, w_k). Every batch is a fresh sample: the follower's best response is to the whole replay buffer,
+    and m steps on one minibatch would fit that minibatch.
+    Returns the leader's and the follower's cost on the first batch, and the solver's info.
+    """
+    nets = target_actor if args.target_policy else actor, critic, target_critic
+    players = [  # cost, parameters, optimizer
+        (lambda batch: actor_loss(actor, critic, batch), list(actor.parameters()), actor_optimizer),
+        (lambda batch: critic_loss(*nets, batch, args.gamma), list(critic.parameters()), q_optimizer),
+    ]
+    (cost1, x1, optimizer1), (cost2, x2, optimizer2) = reversed(players) if args.leader == "critic" else players
+    f1, f2, info = cost1(batches[0]), cost2(batches[0]), {}
+    if args.leader == "none":
+        grad1, grad2 = grad(f1, x1), grad(f2, x2)
+    else:
+        grad2 = grad(f2, x2, create_graph=True)
+        grad1, info = stackelberg_gradient(f1, f2, x1, x2, lam, args.cg_iters, args.cg_tol, grad2)
+    step(optimizer2, x2, grad2)
+    for batch in batches[1:]:
+        step(optimizer2, x2, grad(cost2(batch), x2))
+    step(optimizer1, x1, grad1)  # last: the follower's steps are all taken at the leader's old parameters
+    with torch.no_grad():
+        torch._foreach_lerp_(list(target_critic.parameters()), list(critic.parameters()), args.tau)
+        torch._foreach_lerp_(list(target_actor.parameters()), list(actor.parameters()), args.tau)
+    return f1.detach(), f2.detach(), info
+
+
+# Evaluation
+def evaluate(actor, env, episodes, *key):
+    """Undiscounted returns of `episodes` episodes without exploration noise; start states depend on `key` alone."""
+    device, returns = actor.action_scale.device, []
+    for episode in range(episodes):
+        obs, done = reset(env, *key, episode), False
+        while not done:
+            with torch.no_grad():
+                action = actor(torch.as_tensor(obs, dtype=torch.float32, device=device))
+            obs, _, terminated, truncated, info = env.step(action.cpu().numpy())
+            done = terminated or truncated
+        returns.append(float(info["episode"]["r"]))
+    return np.array(returns)
+
+
+def evaluate_model(args):
+    """`--evaluate PATH`: plays a saved model, prints each episode's return, and returns them."""
+    state = load(args.evaluate, args, "actor")
+    saved = state["args"]
+    env = make_env(saved["env_id"], args.capture_video)
+    actor = Actor(env.observation_space, env.action_space, saved["hidden"])
+    try:
+        actor.load_state_dict(state["actor"])
+    except RuntimeError:
+        stop(f"{args.evaluate} does not fit {saved['env_id']}: its networks have other shapes")
+    if args.capture_video:
+        env = gym.wrappers.RecordVideo(env, str(Path(args.evaluate).parent / "videos"), lambda e: e == 0)
+    returns = evaluate(actor, env, args.eval_episodes, args.seed, 2)
+    env.close()
+    for episode, episodic_return in enumerate(returns):
+        print(f"episode {episode + 1}: return {episodic_return:.2f}")
+    print(f"{saved['env_id']}: mean return {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes")
+    return returns
+
+
+# Checkpoint
+ALGORITHM = "stddpg"  # marks the files that this script writes
+# what may change when a run is carried on; all else decides which run it is
+CHANGEABLE = {
+    *("total_timesteps", "resume", "evaluate", "eval_every", "eval_episodes", "checkpoint_every", "save_model"),
+    *("cuda", "num_threads", "torch_deterministic", "track", "wandb_project_name", "wandb_entity", "capture_video"),
+}
+
+
+def save(path, **state):
+    """Writes `state` to `path` atomically: a kill at any time leaves the old file or the new one."""
+    temporary = Path(f"{path}.tmp")
+    with open(temporary, "wb") as file:
+        torch.save({"algorithm": ALGORITHM, **state}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load(path, args, *keys):
+    """Reads what `save` wrote: {"algorithm", "args", *keys, ...}. Stops in one line at any other file.
+
+    Never runs code: neither from the file (weights_only) nor by importing a module that only the file names.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as e:
+        stop(f"cannot read {path}: {e.strerror}")
+    except Exception as e:  # a damaged or foreign file can fail in any way
+        stop(f"{path} is damaged or foreign ({type(e).__name__})")
+    if not isinstance(state, dict) or state.get("algorithm") != ALGORITHM or not {"args", *keys} <= state.keys():
+        stop(f"{path} is not a {ALGORITHM} file that can be used for this")
+    env_id = state["args"]["env_id"]
+    if ":" in env_id and env_id != args.env_id:
+        stop(f"{path} wants a module imported for its environment; to allow that, say --env-id {env_id}")
+    return state
+
+
+def load_checkpoint(args):
+    """The checkpoint of the run in the folder `args.resume`."""
+    state = load(Path(args.resume) / "checkpoint.pt", args, "global_step", "buffer", "rng")
+    if state["args"].keys() != asdict(args).keys():
+        stop(f"cannot resume {args.resume}: it was made by another version of {Path(__file__).name}")
+    return state
+
+
+# Training
+def new_run_dir(args):
+    """Makes the run's own folder runs/{env_id}__{exp_name}__{seed}__{unix time}."""
+    names = {"none": ALGORITHM.removeprefix("st"), "actor": f"{ALGORITHM}-al", "critic": f"{ALGORITHM}-cl"}
+    exp_name = args.exp_name or names[args.leader]
+    env_name, now = re.sub(r"[^\w.-]", "-", args.env_id), int(time.time())
+    while True:
+        try:
+            run_dir = Path("runs") / f"{env_name}__{exp_name}__{args.seed}__{now}"
+            run_dir.mkdir(parents=True)
+            return run_dir
+        except FileExistsError:  # of a run that started in the same second
+            now += 1
+
+
+def train(args):
+    """What the command line calls: trains (or carries on) one run and returns its folder."""
+    check_args(args)
+    state = load_checkpoint(args) if args.resume else None
+    for name, value in asdict(args).items() if state else ():
+        if name not in CHANGEABLE and state["args"].get(name) != value:
+            stop(f"cannot resume {args.resume}: its {name} is {state['args'].get(name)!r}, not {value!r}")
+    torch.set_num_threads(args.num_threads)
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+    if args.track:
+        try:
+            import wandb
+        except ImportError:
+            stop("--track needs Weights and Biases: pip install wandb")
+
+    env, eval_env = make_env(args.env_id), make_env(args.env_id, args.capture_video)
+    spaces = env.observation_space, env.action_space
+    nets = [net(*spaces, args.hidden).to(device) for net in (Actor, Critic, Actor, Critic)]
+    actor, critic, target_actor, target_critic = nets
+    target_actor.load_state_dict(actor.state_dict())
+    target_actor.requires_grad_(False)
+    target_critic.load_state_dict(critic.state_dict())
+    target_critic.requires_grad_(False)
+    actor_optimizer = torch.optim.Adam(list(actor.parameters()), lr=args.policy_lr, fused=True)
+    q_optimizer = torch.optim.Adam(list(critic.parameters()), lr=args.q_lr, fused=True)
+    buffer = ReplayBuffer(args.buffer_size, *spaces, device)
+    parts = {"actor": actor, "critic": critic, "target_actor": target_actor, "target_critic": target_critic}
+    parts |= {"actor_optimizer": actor_optimizer, "q_optimizer": q_optimizer, "buffer": buffer}
+    start, episode, log_size = 0, 0, 0
+    if state:
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            start, episode, log_size = state["global_step"], state["episode"], state["log_size"]
+            torch.set_rng_state(state["rng"])
+            if device.type == "cuda" and state["cuda_rng"] is not None:
+                torch.cuda.set_rng_state(state["cuda_rng"])
+        except Exception as e:  # a file can hold anything
+            stop(f"cannot resume {args.resume}: its checkpoint is not of this run ({' '.join(str(e).split())})")
+        state = None  # the buffer is in memory twice until here
+
+    run_dir = Path(args.resume) if args.resume else new_run_dir(args)
+    if args.capture_video:
+        first = lambda e: e % args.eval_episodes == 0  # noqa: E731
+        eval_env = gym.wrappers.RecordVideo(eval_env, str(run_dir / "videos"), first, name_prefix="eval")
+    if args.track:
+        run = {"name": run_dir.name, "id": run_dir.name, "resume": "allow", "config": asdict(args), "save_code": True}
+        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True, **run)
+    # a killed run wrote things after its checkpoint, which will be written again
+    writer = SummaryWriter(str(run_dir), purge_step=start + 1 if args.resume else None)
+    log = open(run_dir / "log.txt", "a")
+    log.truncate(min(log_size, log.tell()))
+    if not args.resume:
+        table = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
+        writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
+        tqdm.write(str(run_dir))
+
+    def abort(message):
+        writer.close()
+        kept = "is the last good checkpoint" if (run_dir / "checkpoint.pt").exists() else "has no checkpoint yet"
+        stop(f"step {global_step}: {message}; {run_dir} {kept}", 1)
+
+    obs = reset(env, args.seed, 0, episode)
+    checkpoint_step, updates, counted, totals, shown = start, 0, 0, {}, {}
+    timer_start, timer_step = time.perf_counter(), start
+    bar = tqdm(total=args.total_timesteps, initial=start, disable=None, dynamic_ncols=True)
+    for global_step in range(start + 1, args.total_timesteps + 1):
+        with torch.no_grad():
+            if global_step <= args.start_steps:  # not action_space.sample(): environments may share that generator
+                action = actor.action_bias + actor.action_scale * (2 * torch.rand_like(actor.action_scale) - 1)
+            else:
+                action = actor(torch.as_tensor(obs, dtype=torch.float32, device=device))
+                action += args.exploration_noise * actor.action_scale * torch.randn_like(action)
+        action = action.cpu().numpy().clip(env.action_space.low, env.action_space.high)
+        if not np.isfinite(action).all():
+            abort("the policy's action is not finite")
+        next_obs, reward, terminated, truncated, info = env.step(action)
+        if not (np.isfinite(next_obs).all() and np.isfinite(reward)):
+            abort("the environment returned an observation or a reward that is not finite")
+        buffer.add(obs, action, reward, next_obs, terminated)
+        obs = next_obs
+
+        if global_step >= args.learning_starts:
+            batches = [buffer.sample(args.batch_size) for _ in range(args.unroll)]
+            lam = args.lam * math.exp(-global_step / args.lam_decay) if args.lam_decay else args.lam
+            f1, f2, solve = stackelberg_update(*nets, actor_optimizer, q_optimizer, batches, lam, args)
+            if not (f1 + f2).isfinite():
+                abort("a loss is not finite")
+            totals = {name: totals.get(name, 0) + value for name, value in solve.items()}
+            updates, counted = updates + 1, counted + 1
+            if updates == 10:  # steps without updates do not count, and the first updates are slow
+                timer_start, timer_step = time.perf_counter(), global_step
+
+        if global_step % 100 == 0 and updates:
+            with torch.no_grad():
+                q1 = critic(batches[0].obs, batches[0].actions)
+            qf1_loss = f1 if args.leader == "critic" else f2
+            scalars = {"losses/qf1_values": q1.mean(), "losses/qf1_loss": qf1_loss}
+            scalars["losses/actor_loss"] = f2 if args.leader == "critic" else f1
+            if updates > 10:
+                shown["SPS"] = int((global_step - timer_step) / (time.perf_counter() - timer_start))
+                scalars["charts/SPS"] = shown["SPS"]
+            if args.leader != "none":  # means over the updates since the last time
+                for name, total in totals.items():
+                    name = f"cg_{name}" if name in ("residual", "iterations") else name
+                    scalars[f"stackelberg/{name}"] = total / counted
+                scalars["stackelberg/lam"] = lam
+            for name, value in scalars.items():
+                writer.add_scalar(name, float(value), global_step)
+            totals, counted = {}, 0
+            bar.set_postfix(shown, refresh=False)
+        bar.update()
+
+        paused = time.perf_counter()
+        if global_step % args.eval_every == 0:
+            returns = evaluate(actor, eval_env, args.eval_episodes, args.seed, 1, global_step)
+            writer.add_scalar("eval/episodic_return", returns.mean(), global_step)
+            writer.add_scalar("eval/episodic_return_std", returns.std(), global_step)
+            line = f"step {global_step}: eval return {returns.mean():.2f} ± {returns.std():.2f}"
+            line += f" ({args.eval_episodes} episodes), {shown.get('SPS', 0)} steps/s"
+            tqdm.write(line)
+            print(line, file=log, flush=True)
+            shown["eval"] = f"{returns.mean():.1f}"
+
+        if terminated or truncated:
+            writer.add_scalar("charts/episodic_return", info["episode"]["r"], global_step)
+            writer.add_scalar("charts/episodic_length", info["episode"]["l"], global_step)
+            shown["return"] = f"{info['episode']['r']:.1f}"
+            episode += 1
+            if global_step - checkpoint_step >= args.checkpoint_every:
+                if not all(p.isfinite().all() for p in [*actor.parameters(), *critic.parameters()]):
+                    abort("a parameter is not finite")
+                writer.flush()
+                state = {name: part.state_dict() for name, part in parts.items()}
+                state |= {"args": asdict(args), "global_step": global_step, "episode": episode, "log_size": log.tell()}
+                state |= {"rng": torch.get_rng_state()}
+                state["cuda_rng"] = torch.cuda.get_rng_state() if device.type == "cuda" else None
+                save(run_dir / "checkpoint.pt", **state)
+                del state
+                checkpoint_step = global_step
+            obs = reset(env, args.seed, 0, episode)
+        if updates:
+            timer_start += time.perf_counter() - paused  # SPS is the speed of training alone
+
+    if args.save_model:
+        save(run_dir / "model.pt", args=asdict(args), actor=actor.state_dict(), critic=critic.state_dict())
+    bar.close()
+    writer.close()
+    log.close()
+    env.close()
+    eval_env.close()
+    if args.track:
+        wandb.finish()
+    return run_dir
+
+
+def main():
+    """The command line."""
+    args = tyro.cli(Args, description=__doc__)
+    if args.evaluate:
+        evaluate_model(args)
+        return
+    if args.resume:  # the defaults are now the run's own flags
+        args = tyro.cli(Args, description=__doc__, default=Args(**load_checkpoint(args)["args"]))
+    try:
+        train(args)
+    except KeyboardInterrupt:
+        stop("interrupted; carry on with --resume and the run's folder", 130)
+
+
+if __name__ == "__main__":
+    main()
