@@ -253,6 +253,63 @@ def test_log_prob_is_a_density():
         assert torch.trapezoid(density(grid).squeeze(), grid.squeeze()) == pytest.approx(1, abs=1e-3)
 
 
+def make(script, args, seed=0):
+    """Networks, optimizers and batches for one update of a script."""
+    torch.manual_seed(seed)
+    kinds = (script.Actor, script.Critic, script.Critic)
+    if script is stddpg:
+        kinds = (script.Actor, script.Critic, script.Actor, script.Critic)
+    nets = [kind(*SPACES, (8, 8)).double() for kind in kinds]
+    for net in nets[2:]:
+        net.requires_grad_(False)
+    optimizers = [torch.optim.SGD(list(net.parameters()), lr) for net, lr in zip(nets, (0.1, 0.01))]
+    batches = [Game(script, batch_size=16, seed=k).batch for k in range(args.unroll)]
+    return nets, optimizers, batches
+
+
+@pytest.mark.parametrize("leader", ["none", "actor", "critic"])
+@pytest.mark.parametrize("unroll", [1, 3])
+def test_update_is_algorithm_2(script, leader, unroll):
+    """One update, by gradient descent, against Algorithm 2 step by step: both first gradients at (θ_k, w_k), the
+    follower's m steps at the leader's old parameters, then the leader's; then the target networks'."""
+    args = script.Args(leader=leader, unroll=unroll, cg_iters=50, cg_tol=0.0, tau=0.3)
+    nets, optimizers, batches = make(script, args)
+    extra = (ALPHA,) if script is stsac else ()
+    torch.manual_seed(9)
+    script.stackelberg_update(*nets, *optimizers, batches, *extra, 40.0, args)
+
+    (actor, critic, *targets), _, _ = make(script, args)
+    target_critic = targets[-1]
+    torch.manual_seed(
+        9
+    )  # the noise is drawn in the same order: leader's cost, follower's cost, follower's further costs
+
+    def actor_cost(batch):
+        return script.actor_loss(actor, critic, batch, *extra)
+
+    def critic_cost(batch):
+        return script.critic_loss(actor, critic, target_critic, batch, args.gamma, *extra)
+
+    costs = [(actor_cost, list(actor.parameters()), 0.1), (critic_cost, list(critic.parameters()), 0.01)]
+    (f1, x1, lr1), (f2, x2, lr2) = costs[::-1] if leader == "critic" else costs
+    cost1, cost2 = f1(batches[0]), f2(batches[0])
+    if leader == "none":
+        gradient = torch.autograd.grad(cost1, x1, retain_graph=True)
+    else:
+        gradient, _ = script.stackelberg_gradient(cost1, cost2, x1, x2, 40.0, 50, 0.0)
+    for k in range(unroll):
+        for p, g in zip(x2, torch.autograd.grad(cost2 if k == 0 else f2(batches[k]), x2)):
+            p.data -= lr2 * g
+    for p, g in zip(x1, gradient):
+        p.data -= lr1 * g
+    for p, target in zip([*critic.parameters()], target_critic.parameters()):
+        target.data += 0.3 * (p.data - target.data)
+    torch.testing.assert_close(vector(nets[0].parameters()), vector(actor.parameters()), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(vector(nets[1].parameters()), vector(critic.parameters()), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(vector(nets[-1].parameters()), vector(target_critic.parameters()), rtol=1e-9, atol=1e-12)
+    assert not any(p.requires_grad for p in nets[-1].parameters())  # the target step records no graph
+
+
 class TestToyGame:
     """The example of Section 3.2: J = wθ, L = (wθ + θ²/5)², with its derivatives written out."""
 

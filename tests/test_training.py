@@ -14,6 +14,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import stddpg
 import stsac
 
 ROOT = Path(__file__).parent.parent
@@ -25,8 +26,14 @@ SMALL = {
 }
 
 
-def args(**changes):
-    return stsac.Args(**{**SMALL, "total_timesteps": 400, **changes})
+def args(script=stsac, **changes):
+    known = {name: value for name, value in SMALL.items() if name in script.Args.__dataclass_fields__}
+    return script.Args(**{**known, "total_timesteps": 400, **changes})
+
+
+@pytest.fixture(params=[stsac, stddpg], ids=lambda script: script.__name__)
+def script(request):
+    return request.param
 
 
 def flags(arguments):
@@ -41,7 +48,7 @@ def flags(arguments):
     return line
 
 
-def command(*line, cwd, script=ROOT / "stsac.py", **kwargs):
+def command(*line, cwd, script=stsac.__file__, **kwargs):
     """Starts a script as a user would, with the test environments in reach."""
     env = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
     kwargs = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": cwd, "env": env, **kwargs}
@@ -77,31 +84,35 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def mean_return(run_dir):
-    state = torch.load(run_dir / "model.pt", weights_only=True)
-    env = stsac.make_env("point_env:Point-v0")
-    actor = stsac.Actor(env.observation_space, env.action_space, SMALL["hidden"])
-    actor.load_state_dict(state["actor"])
-    return stsac.evaluate(actor, env, 20, 7).mean()
+def load_actor(script, run_dir):
+    env = script.make_env(SMALL["env_id"])
+    actor = script.Actor(env.observation_space, env.action_space, SMALL["hidden"])
+    actor.load_state_dict(torch.load(run_dir / "model.pt", weights_only=True)["actor"])
+    return actor, env
+
+
+def mean_return(script, run_dir):
+    return script.evaluate(*load_actor(script, run_dir), 20, 7).mean()
 
 
 @pytest.mark.parametrize("leader", ["actor", "critic", "none"])
-def test_learns(here, leader):
+def test_learns(here, script, leader):
     """A random walk on Point-v0 returns -18 ± 8 and standing still -13; going straight to the origin -1.8."""
-    run = args(leader=leader, total_timesteps=1200, lam=1.0, policy_lr=3e-3, q_lr=3e-3)
-    assert mean_return(stsac.train(run)) > -4
+    run = args(script, leader=leader, total_timesteps=1000, lam=1.0, policy_lr=3e-3, q_lr=3e-3)
+    assert mean_return(script, script.train(run)) > -4
 
 
-def test_without_gradients_nothing_is_learned(here):
+def test_without_gradients_nothing_is_learned(here, script):
     """The control of the test above: its threshold is out of reach for a policy that never took a step."""
     for seed in (1, 2, 3):
-        run = args(leader="none", total_timesteps=1200, policy_lr=0.0, q_lr=0.0, seed=seed)
-        assert mean_return(stsac.train(run)) < -8
+        run = args(script, leader="none", total_timesteps=150, policy_lr=0.0, q_lr=0.0, seed=seed)
+        assert mean_return(script, script.train(run)) < -8
 
 
 @pytest.mark.parametrize("leader", ["actor", "critic", "none"])
-def test_same_seed_same_run(here, leader):
-    first, second, other = (stsac.train(args(leader=leader, seed=seed)) for seed in (1, 1, 2))
+def test_same_seed_same_run(here, script, leader):
+    runs = [args(script, leader=leader, seed=seed, total_timesteps=300) for seed in (1, 1, 2)]
+    first, second, other = (script.train(run) for run in runs)
     assert first != second  # a folder of its own, even within one second
     assert_same_weights(first, second)
     assert not all(torch.equal(a, b) for a, b in zip(weights(first).values(), weights(other).values()))
@@ -113,22 +124,31 @@ def test_logging_and_evaluation_do_not_change_the_run(here):
     assert_same_weights(a, b)
 
 
-@pytest.mark.parametrize("changes", [{"leader": "actor"}, {"leader": "critic", "autotune": True, "unroll": 2}])
-def test_killed_and_resumed_ends_with_the_same_weights(here, changes):
+@pytest.mark.parametrize(
+    "script, changes",
+    [
+        (stsac, {"leader": "actor"}),
+        (stsac, {"leader": "critic", "autotune": True, "unroll": 2}),
+        (stddpg, {"leader": "actor"}),
+        (stddpg, {"leader": "none", "target_policy": True}),
+    ],
+    ids=["stsac-actor", "stsac-critic", "stddpg-actor", "stddpg-none"],
+)
+def test_killed_and_resumed_ends_with_the_same_weights(here, script, changes):
     """SIGKILL in the middle of an episode, after a checkpoint; then `--resume` and nothing else."""
-    run = args(total_timesteps=1000, buffer_size=300, **changes)  # the buffer wraps around
-    whole = here / stsac.train(run)
-    process = command(*flags(run), cwd=here)
+    run = args(script, total_timesteps=1000, buffer_size=300, **changes)  # the buffer wraps around
+    whole = here / script.train(run)
+    process = command(*flags(run), cwd=here, script=script.__file__)
     deadline = time.time() + 120
     while not (killed := [p for p in here.glob("runs/*/checkpoint.pt") if p.parent != whole]):
         assert time.time() < deadline and process.poll() is None
         time.sleep(0.02)
-    time.sleep(0.3)  # goes on past its checkpoint
+    time.sleep(0.2)  # goes on past its checkpoint
     process.send_signal(signal.SIGKILL)
     process.communicate()
     killed = killed[0].parent
     assert not (killed / "model.pt").exists()
-    code, out, err = finish(command("--resume", killed, "--env-id", run.env_id, cwd=here))
+    code, out, err = finish(command("--resume", killed, "--env-id", run.env_id, cwd=here, script=script.__file__))
     assert code == 0, err
     assert_same_weights(whole, killed)
     # and its curves are those of one run: nothing missing, nothing twice
@@ -241,12 +261,12 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input(here, case, capsys, monkeypatch):
+def test_bad_input(here, script, case, capsys, monkeypatch):
     """One line on stderr that names the trouble, exit code 2, and no run folder."""
     line, expected = BAD[case]
-    monkeypatch.setattr(sys, "argv", ["stsac.py", *line])
+    monkeypatch.setattr(sys, "argv", [script.__file__, *line])
     with pytest.raises(SystemExit) as error:
-        stsac.main()
+        script.main()
     assert error.value.code == 2
     message = capsys.readouterr().err
     assert expected in message and message.count("\n") == 1
@@ -258,10 +278,10 @@ def test_bad_input_from_the_shell(here):
     assert code == 2 and out == "" and err.count("\n") == 1 and "Hopper-v4" in err
 
 
-def test_environment_that_returns_nan(here, capsys):
-    run = args(env_id="point_env:PointNaN-v0", checkpoint_every=50)
+def test_environment_that_returns_nan(here, script, capsys):
+    run = args(script, env_id="point_env:PointNaN-v0", checkpoint_every=50)
     with pytest.raises(SystemExit) as error:
-        stsac.train(run)
+        script.train(run)
     assert error.value.code == 1
     message = capsys.readouterr().err
     assert "step 150" in message and message.count("\n") == 1
@@ -269,34 +289,34 @@ def test_environment_that_returns_nan(here, capsys):
     assert torch.load(checkpoint, weights_only=True)["global_step"] == 120
 
 
-def test_loss_that_becomes_infinite(here, capsys, monkeypatch):
+def test_loss_that_becomes_infinite(here, script, capsys, monkeypatch):
     """The run stops at that step; the checkpoint is from before it and has finite weights."""
-    steps, actor_loss = [], stsac.actor_loss
+    steps, actor_loss = [], script.actor_loss
 
     def diverging(*arguments):
         steps.append(1)
         return actor_loss(*arguments) * (math.inf if len(steps) == 200 else 1)
 
-    monkeypatch.setattr(stsac, "actor_loss", diverging)
+    monkeypatch.setattr(script, "actor_loss", diverging)
     with pytest.raises(SystemExit) as error:
-        stsac.train(args(leader="none", checkpoint_every=50))
+        script.train(args(script, leader="none", checkpoint_every=50))
     assert error.value.code == 1
     assert "step 299: a loss is not finite" in capsys.readouterr().err  # the 200th update, counted from step 100
     state = torch.load(next(here.glob("runs/*/checkpoint.pt")), weights_only=True)
     assert state["global_step"] == 240 and all(value.isfinite().all() for value in state["actor"].values())
 
 
-def test_parameters_that_are_not_finite_are_not_saved(here, capsys, monkeypatch):
+def test_parameters_that_are_not_finite_are_not_saved(here, script, capsys, monkeypatch):
     """A finite loss can have a gradient that is not: the checkpoint before it stays."""
-    calls, step = [], stsac.step
+    calls, step = [], script.step
 
     def spoiling(optimizer, params, grads):
         calls.append(1)
         step(optimizer, params, [g * (math.nan if len(calls) == 362 else 1) for g in grads])
 
-    monkeypatch.setattr(stsac, "step", spoiling)  # two steps an update: the last before step 280's checkpoint
+    monkeypatch.setattr(script, "step", spoiling)  # two steps an update: the last before step 280's checkpoint
     with pytest.raises(SystemExit):
-        stsac.train(args(leader="none", checkpoint_every=40))
+        script.train(args(script, leader="none", checkpoint_every=40))
     assert "step 280" in capsys.readouterr().err
     state = torch.load(next(here.glob("runs/*/checkpoint.pt")), weights_only=True)
     assert state["global_step"] == 240
@@ -305,36 +325,39 @@ def test_parameters_that_are_not_finite_are_not_saved(here, capsys, monkeypatch)
 class TestTimeLimits:
     """`truncated` bootstraps, `terminated` does not."""
 
-    def checkpoint(self, env_id, here):
-        stsac.train(args(env_id=env_id, leader="none", total_timesteps=2100, checkpoint_every=1000, alpha=0.0))
-        return torch.load(next(here.glob("runs/*/checkpoint.pt")), weights_only=True)
-
-    def values(self, state, env_id):
-        env = stsac.make_env(env_id)
-        critic = stsac.Critic(env.observation_space, env.action_space, SMALL["hidden"])
+    def play(self, script, env_id, here):
+        """The rewards and ends in the buffer after 2,000 steps of training, and the critic's mean value there."""
+        entropy = {"alpha": 0.0} if script is stsac else {}
+        run = args(script, env_id=env_id, leader="none", total_timesteps=2001, checkpoint_every=1000, **entropy)
+        script.train(run)
+        state = torch.load(next(here.glob("runs/*/checkpoint.pt")), weights_only=True)
+        assert state["global_step"] == 2000
+        env = script.make_env(env_id)
+        critic = script.Critic(env.observation_space, env.action_space, SMALL["hidden"])
         critic.load_state_dict(state["critic"])
         obs, actions, rewards, next_obs, terminated = state["buffer"]["data"]
-        return rewards, terminated, critic(obs, actions)[0].mean().item()
+        assert len(terminated) == 2000 and (rewards == 1).all()
+        return state["episode"], terminated, torch.stack([*critic(obs, actions)]).mean().item()
 
-    def test_timeout(self, here):
+    def test_timeout(self, here, script):
         """Two episodes of 1,000 steps of reward 1 that time out: no transition is terminal, and Q → 1 / (1 - γ)."""
-        state = self.checkpoint("point_env:PointTimeout-v0", here)
-        assert state["global_step"] == 2000 and state["episode"] == 2
-        rewards, terminated, q = self.values(state, "point_env:PointTimeout-v0")
-        assert len(terminated) == 2000 and (rewards == 1).all() and (terminated == 0).all()
+        episodes, terminated, q = self.play(script, "point_env:PointTimeout-v0", here)
+        assert episodes == 2 and (terminated == 0).all()
         assert q > 5  # on its way to 10
 
-    def test_terminal(self, here):
+    def test_terminal(self, here, script):
         """Episodes that really end after a reward of 1: Q = 1."""
-        state = self.checkpoint("point_env:PointTerminal-v0", here)
-        rewards, terminated, q = self.values(state, "point_env:PointTerminal-v0")
-        assert (terminated == 1).all() and q == pytest.approx(1, abs=0.1)
+        episodes, terminated, q = self.play(script, "point_env:PointTerminal-v0", here)
+        assert episodes == 2000 and (terminated == 1).all()
+        assert q == pytest.approx(1, abs=0.1)
 
 
-def test_tensorboard_and_log(here):
-    run_dir = stsac.train(args(leader="actor", lam_decay=300.0, autotune=True))
+def test_tensorboard_and_log(here, script):
+    autotune = {"autotune": True} if script is stsac else {}
+    run_dir = script.train(args(script, leader="actor", lam_decay=300.0, **autotune))
     found = scalars(run_dir)
-    names = "qf1_values qf2_values qf1_loss qf2_loss qf_loss actor_loss alpha alpha_loss"
+    names = "qf1_values qf1_loss actor_loss"
+    names += " qf2_values qf2_loss qf_loss alpha alpha_loss" if script is stsac else ""
     expected = {f"losses/{name}" for name in names.split()}
     expected |= {"charts/episodic_return", "charts/episodic_length", "charts/SPS"}
     expected |= {"eval/episodic_return", "eval/episodic_return_std"}
@@ -357,37 +380,40 @@ def test_tensorboard_and_log(here):
     assert log[1].startswith(f"step 400: eval return {mean:.2f} ± {std:.2f} (3 episodes)")
 
 
-def test_plain_sac_has_no_game(here):
-    assert not any(tag.startswith("stackelberg/") for tag in scalars(stsac.train(args(leader="none"))))
+def test_the_plain_algorithm_has_no_game(here, script):
+    assert not any(tag.startswith("stackelberg/") for tag in scalars(script.train(args(script, leader="none"))))
 
 
-def test_evaluate_plays_a_saved_model(here, capsys, monkeypatch):
-    run_dir = stsac.train(args())
+def test_evaluate_plays_a_saved_model(here, script, capsys, monkeypatch):
+    run_dir = script.train(args(script))
     line = ["--evaluate", str(run_dir / "model.pt"), "--eval-episodes", "4", "--env-id", SMALL["env_id"]]
-    monkeypatch.setattr(sys, "argv", ["stsac.py", *line])
+    monkeypatch.setattr(sys, "argv", [script.__file__, *line])
     capsys.readouterr()
-    stsac.main()
+    script.main()
     out = capsys.readouterr().out.splitlines()
-    printed = [float(text.split()[-1]) for text in out[:4]]
-    assert len(out) == 5 and f"mean return {np.mean(printed):.2f}"[:-1] in out[4]
-    # these are the model's returns, not another policy's
-    actor = stsac.Actor(
-        *(lambda env: (env.observation_space, env.action_space))(stsac.make_env(SMALL["env_id"])), (32, 32)
-    )
-    actor.load_state_dict(torch.load(run_dir / "model.pt", weights_only=True)["actor"])
-    returns = stsac.evaluate(actor, stsac.make_env(SMALL["env_id"]), 4, 1, 2)
-    np.testing.assert_allclose(printed, returns, atol=0.01)
+    # one line an episode and one of the mean: the saved model's returns, not another policy's
+    returns = script.evaluate(*load_actor(script, run_dir), 4, 1, 2)
+    np.testing.assert_allclose([float(text.split()[-1]) for text in out[:4]], returns, atol=0.01)
+    assert len(out) == 5 and f"mean return {returns.mean():.2f} ± {returns.std():.2f}" in out[4]
 
 
-def test_the_copied_file_runs_alone(here):
+def test_a_model_of_another_script_is_refused(here, capsys, monkeypatch):
+    run_dir = stsac.train(args())
+    monkeypatch.setattr(sys, "argv", ["stddpg.py", "--evaluate", str(run_dir / "model.pt")])
+    with pytest.raises(SystemExit) as error:
+        stddpg.main()
+    assert error.value.code == 2 and "not a stddpg file" in capsys.readouterr().err
+
+
+def test_the_copied_file_runs_alone(here, script):
     """In an empty folder, with no other file of the project in reach; nothing but its lines is printed."""
-    shutil.copy(ROOT / "stsac.py", here)
+    copy = shutil.copy(script.__file__, here)
     line = "--env-id Pendulum-v1 --total-timesteps 450 --start-steps 100 --learning-starts 100 --eval-every 200".split()
     line += "--eval-episodes 1 --checkpoint-every 200 --hidden 16 16 --no-cuda".split()
-    code, out, err = finish(command(*line, cwd=here, script=here / "stsac.py", env={**os.environ, "PYTHONPATH": ""}))
+    code, out, err = finish(command(*line, cwd=here, script=copy, env={**os.environ, "PYTHONPATH": ""}))
     assert code == 0 and err == ""
     (run_dir,) = here.glob("runs/*")
-    assert run_dir.name.startswith("Pendulum-v1__stsac-al__1__") and (run_dir / "checkpoint.pt").exists()
+    assert run_dir.name.startswith(f"Pendulum-v1__{script.__name__}-al__1__") and (run_dir / "checkpoint.pt").exists()
     lines = out.splitlines()
     assert lines[0] == f"runs/{run_dir.name}" and [text.split(":")[0] for text in lines[1:]] == ["step 200", "step 400"]
 

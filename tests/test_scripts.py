@@ -1,0 +1,75 @@
+"""What holds of every script as a text: it stands alone, and what it shares with another is the same text."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = [name for name in ("stsac", "stddpg", "stac_ac", "toy_game") if (ROOT / f"{name}.py").exists()]
+# where the algorithms differ; everything else that two scripts define is a copy
+DIFFERENT = {
+    *("Args", "check_args", "Actor", "Critic", "actor_loss", "td_target", "critic_loss"),
+    *("stackelberg_update", "evaluate", "train"),
+}
+
+
+def parse(script):
+    text = (ROOT / f"{script}.py").read_text()
+    return text, ast.parse(text)
+
+
+def definitions(script):
+    text, tree = parse(script)
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    return {node.name: ast.get_source_segment(text, node) for node in tree.body if isinstance(node, kinds)}
+
+
+@pytest.mark.parametrize("script", SCRIPTS[1:])
+def test_copies_are_identical(script):
+    ours, theirs = definitions(script), definitions("stsac")
+    common = (ours.keys() & theirs.keys()) - DIFFERENT
+    assert {name: ours[name] for name in common} == {name: theirs[name] for name in common}
+
+
+def test_the_off_policy_scripts_have_the_same_shape():
+    """The same functions in the same order, and every copy is one that the test above compares."""
+    assert list(definitions("stddpg")) == list(definitions("stsac"))
+    assert len(definitions("stsac").keys() - DIFFERENT) >= 15
+    for name in ("conjugate_gradient", "stackelberg_gradient", "ReplayBuffer", "reset", "save", "load", "main"):
+        assert name in definitions("stddpg").keys() - DIFFERENT
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_shares_nothing(script):
+    _, tree = parse(script)
+    imported = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module.split(".")[0])
+    assert not imported & set(SCRIPTS)
+    # under __main__ there is nothing but a call, so that everything can be imported
+    last = tree.body[-1]
+    assert isinstance(last, ast.If) and [type(node) for node in last.body] == [ast.Expr]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_header_names_its_dependencies(script):
+    """PEP 723: the header is valid TOML, and asks for what pyproject.toml asks for."""
+    tomllib = pytest.importorskip("tomllib")
+    text, tree = parse(script)
+    block = re.match(r"# /// script\n((?:#(?: .*)?\n)+?)# ///\n", text).group(1)
+    header = tomllib.loads("".join(line[2:] or "\n" for line in block.splitlines(keepends=True)))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert header["requires-python"] == project["requires-python"]
+    allowed = set(project["dependencies"]) | set(project["optional-dependencies"]["plot"])
+    assert set(header["dependencies"]) <= allowed
+    # and every import comes from there, from the standard library, or is an extra that is imported when it is asked for
+    names = {re.match(r"[\w-]+", line).group() for line in header["dependencies"]}
+    top = {alias.name.split(".")[0] for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
+    top |= {node.module.split(".")[0] for node in tree.body if isinstance(node, ast.ImportFrom)}
+    assert top - set(sys.stdlib_module_names) <= names
