@@ -30,7 +30,7 @@ def definitions(script):
 @pytest.mark.parametrize("script", SCRIPTS[1:])
 def test_copies_are_identical(script):
     ours, theirs = definitions(script), definitions("stsac")
-    common = (ours.keys() & theirs.keys()) - DIFFERENT
+    common = (ours.keys() & theirs.keys()) - DIFFERENT - ({"main"} if script == "toy_game" else set())
     assert {name: ours[name] for name in common} == {name: theirs[name] for name in common}
 
 
