@@ -85,9 +85,9 @@ class Args:
     batch_size: int = 100
     """the batch size of sample from the replay memory"""
     start_steps: int = 10_000
-    """timesteps of uniformly random actions at the start"""
+    """timesteps of uniformly random actions at the start (CleanRL: `--learning-starts`)"""
     learning_starts: int = 1_000
-    """timestep to start learning"""
+    """timestep of the first update (in CleanRL also the end of the random actions, here `--start-steps`)"""
     policy_lr: float = 1e-3
     """the learning rate of the actor's Adam"""
     q_lr: float = 1e-3
@@ -122,25 +122,22 @@ def stop(message, code=2):
 
 def check_args(args):
     """Refuses values that no run can have."""
+    counts = "unroll cg_iters batch_size total_timesteps eval_every eval_episodes checkpoint_every num_threads"
+    for name in counts.split():
+        if getattr(args, name) < 1:
+            stop(f"--{name.replace('_', '-')} must be at least 1")
     for ok, message in [
-        (args.seed >= 0, "--seed must not be negative"),
-        (args.lam >= 0 and math.isfinite(args.lam), "--lam must be finite and at least 0 (λ → ∞ is --leader none)"),
+        (0 <= args.seed < 2**32, "--seed must be in [0, 2^32)"),
+        (0 <= args.lam < math.inf, "--lam must be finite and at least 0 (λ → ∞ is --leader none)"),
         (args.lam_decay is None or args.lam_decay > 0, "--lam-decay must be positive"),
-        (args.unroll >= 1, "--unroll must be at least 1"),
-        (args.cg_iters >= 1, "--cg-iters must be at least 1 (0 would be --leader none)"),
-        (args.cg_tol >= 0, "--cg-tol must not be negative"),
-        (args.batch_size >= 1, "--batch-size must be at least 1"),
+        (0 <= args.cg_tol < 1, "--cg-tol must be in [0, 1)"),
         (args.batch_size <= args.buffer_size, "--batch-size must not be larger than --buffer-size"),
         (0 <= args.gamma <= 1, "--gamma must be in [0, 1]"),
         (0 < args.tau <= 1, "--tau must be in (0, 1]"),
-        (args.policy_lr >= 0 and args.q_lr >= 0, "--policy-lr and --q-lr must not be negative"),
-        (args.alpha >= 0, "--alpha must not be negative"),
+        (args.policy_lr >= 0 and args.q_lr >= 0, "--policy-lr and --q-lr must be at least 0"),
+        (args.alpha >= 0, "--alpha must be at least 0"),
         (all(width >= 1 for width in args.hidden), "--hidden must be positive layer widths"),
-        (args.total_timesteps >= 1, "--total-timesteps must be at least 1"),
-        (args.start_steps >= 0 and args.learning_starts >= 0, "--start-steps, --learning-starts must not be negative"),
-        (args.eval_every >= 1 and args.eval_episodes >= 1, "--eval-every and --eval-episodes must be at least 1"),
-        (args.checkpoint_every >= 1, "--checkpoint-every must be at least 1"),
-        (args.num_threads >= 1, "--num-threads must be at least 1"),
+        (args.start_steps >= 0 and args.learning_starts >= 0, "--start-steps, --learning-starts must be at least 0"),
     ]:
         if not ok:
             stop(message)
@@ -152,7 +149,7 @@ def make_env(env_id, capture_video=False):
     # v4 ids are the paper's tasks; their deprecation is known and is the one warning that is silenced
     warnings.filterwarnings("ignore", r".*The environment \S+ is out of date", DeprecationWarning)
     try:
-        env = gym.make(env_id, render_mode="rgb_array" if capture_video else None)
+        env = gym.make(env_id, **({"render_mode": "rgb_array"} if capture_video else {}))
     except gym.error.UnregisteredEnv:
         near = difflib.get_close_matches(env_id, gym.registry, n=5)
         stop(f"unknown environment {env_id!r}" + (f"; near matches: {', '.join(near)}" if near else ""))
@@ -160,11 +157,14 @@ def make_env(env_id, capture_video=False):
         stop(f"cannot make environment {env_id!r}: {' '.join(str(e).split())}")
     if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
         env = gym.wrappers.FlattenObservation(env)
+    if not isinstance(env.observation_space, gym.spaces.Box):
+        stop(f"{env_id} has observations of no fixed size")
     space = env.action_space
     if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
         stop(f"{env_id} has the action space {space}; a one-dimensional Box is needed")
-    if not np.isfinite([space.low, space.high]).all():
-        stop(f"{env_id} has the unbounded action space {space}; a bounded one is needed")
+    width = space.high.astype(np.float64) - space.low
+    if not ((0 < width) & (width < np.finfo(np.float32).max)).all():
+        stop(f"{env_id} has the unbounded (or empty) action space {space}; a bounded one is needed")
     if capture_video:
         try:
             import moviepy  # noqa: F401, what RecordVideo needs
@@ -189,7 +189,7 @@ def reset(env, *key):
     random.seed(seed)
     np.random.seed(seed)
     obs, _ = env.reset(seed=seed)
-    return obs
+    return np.array(obs)  # a copy: some environments change their array in place
 
 
 # Networks
@@ -208,9 +208,9 @@ class Actor(nn.Module):
         super().__init__()
         obs_dim, act_dim = math.prod(observation_space.shape), math.prod(action_space.shape)
         self.net = mlp(obs_dim, *hidden, 2 * act_dim)
-        low, high = torch.tensor(action_space.low), torch.tensor(action_space.high)
-        self.register_buffer("action_scale", ((high - low) / 2).float())
-        self.register_buffer("action_bias", ((high + low) / 2).float())
+        low, high = torch.tensor(action_space.low).float(), torch.tensor(action_space.high).float()
+        self.register_buffer("action_scale", (high - low) / 2)
+        self.register_buffer("action_bias", (high + low) / 2)
 
     def forward(self, obs):
         """Mean and log standard deviation of the Gaussian before the squashing, [..., act_dim] each."""
@@ -271,18 +271,16 @@ class ReplayBuffer:
         obs, act = observation_space.shape, action_space.shape
         # empty, not zeros: memory is only taken once it is written to
         self.data = Batch(*(torch.empty(size, *shape, device=device) for shape in (obs, act, (), obs, ())))
-        self.size, self.pos, self.full, self.device = size, 0, False, device
+        self.size, self.count, self.device = size, 0, device
 
     def __len__(self):
-        return self.size if self.full else self.pos
+        return min(self.count, self.size)
 
     def add(self, *transition):
         """(s, a, r, s', terminated). A time limit is not terminal: the critic bootstraps through it."""
         for column, value in zip(self.data, transition):
-            column[self.pos] = torch.as_tensor(value)
-        self.pos += 1
-        if self.pos == self.size:
-            self.pos, self.full = 0, True
+            column[self.count % self.size] = torch.as_tensor(value)
+        self.count += 1
 
     def sample(self, batch_size):
         """A batch drawn uniformly with replacement."""
@@ -290,13 +288,13 @@ class ReplayBuffer:
         return Batch(*(column.index_select(0, index) for column in self.data))
 
     def state_dict(self):
-        # clone: saving a slice would write the whole buffer
-        return {"data": [column[: len(self)].clone() for column in self.data], "pos": self.pos, "full": self.full}
+        # a copy: saving a slice would write the whole buffer
+        return {"data": [column[: len(self)].to("cpu", copy=True) for column in self.data], "count": self.count}
 
     def load_state_dict(self, state):
-        for column, saved in zip(self.data, state["data"]):
-            column[: len(saved)] = saved
-        self.pos, self.full = state["pos"], state["full"]
+        self.count = int(state["count"])
+        for column, saved in zip(self.data, state["data"], strict=True):
+            column[: len(self)] = saved
 
 
 # Losses
@@ -340,11 +338,10 @@ def conjugate_gradient(matvec, b, max_iters, tol, preconditioner=None):
     x, r, b_norm = torch.zeros_like(b), b, b.norm()
     z = r if preconditioner is None else preconditioner(r)
     p, rz = z, r @ z
-    residual = (b_norm != 0).to(b.dtype)
+    residual = torch.where(b_norm.isfinite(), (b_norm != 0).to(b.dtype), math.inf)
     max_curvature, iterations = torch.zeros_like(b_norm), torch.zeros_like(b_norm)
-    broken = ~b_norm.isfinite()
-    negative_curvature = torch.zeros_like(broken)
-    active = ~broken & (residual > tol)
+    active = b_norm.isfinite() & (residual > tol)
+    negative_curvature = torch.zeros_like(active)
     for _ in range(max_iters):
         # On a CPU an early stop is free; on a GPU reading `active` would stall it, so the masks do the work instead.
         if b.device.type == "cpu" and not active:
@@ -359,15 +356,13 @@ def conjugate_gradient(matvec, b, max_iters, tol, preconditioner=None):
         finite = x_new.isfinite().all() & r_new.isfinite().all()
         good = active & ~flat & finite
         negative_curvature = negative_curvature | flat
-        broken = broken | (active & ~flat & ~finite)
         x, r = torch.where(good, x_new, x), torch.where(good, r_new, r)
-        residual = torch.where(good, r.norm() / b_norm, residual)
+        residual = torch.where(good, r.norm() / b_norm, torch.where(active & ~flat, math.inf, residual))
         iterations = iterations + good
         z = r if preconditioner is None else preconditioner(r)
         rz, rz_old = r @ z, rz
         p = z + rz / rz_old * p
         active = good & (residual > tol)
-    residual = torch.where(broken, math.inf, residual)
     return x, {"residual": residual, "iterations": iterations, "negative_curvature": negative_curvature}
 
 
@@ -410,40 +405,43 @@ def stackelberg_gradient(f1, f2, x1, x2, lam, cg_iters, cg_tol, grad2_f2=None):
 
 
 # Update
-def step(optimizer, params, grads):
+def optimizer_step(optimizer, params, grads):
     """One optimizer step along given gradients."""
     for p, g in zip(params, grads):
         p.grad = g.detach()
     optimizer.step()
 
 
-def stackelberg_update(actor, critic, target_critic, actor_optimizer, q_optimizer, batches, alpha, lam, args):
+def stackelberg_update(nets, optimizers, batches, alpha, lam, args):
     """One iteration of Algorithm 2 (with one batch: of Algorithm 1, (11)-(14)), and the target networks' step.
 
+    nets: actor, critic, target critic; optimizers: the actor's, the critic's.
     The follower takes a step on each of the batches, the leader one on the first; both first gradients are taken at
     the same (θ_k, w_k). Every batch is a fresh sample: the follower's best response is to the whole replay buffer,
     and m steps on one minibatch would fit that minibatch.
-    Returns the leader's and the follower's cost on the first batch, and the solver's info.
+    Returns the actor's and the critic's cost on the first batch, and the solver's info.
     """
-    nets = actor, critic, target_critic
-    players = [  # cost, parameters, optimizer
-        (lambda batch: actor_loss(actor, critic, batch, alpha), list(actor.parameters()), actor_optimizer),
-        (lambda batch: critic_loss(*nets, batch, args.gamma, alpha), list(critic.parameters()), q_optimizer),
+    actor, critic, target_critic = nets
+    costs = [
+        lambda batch: actor_loss(actor, critic, batch, alpha),
+        lambda batch: critic_loss(actor, critic, target_critic, batch, args.gamma, alpha),
     ]
-    (cost1, x1, optimizer1), (cost2, x2, optimizer2) = reversed(players) if args.leader == "critic" else players
-    f1, f2, info = cost1(batches[0]), cost2(batches[0]), {}
+    f_actor, f_critic = (cost(batches[0]) for cost in costs)  # in this order whoever leads: it draws the noise
+    theta, w, info = list(actor.parameters()), list(critic.parameters()), {}
+    players = [(f_actor, theta, optimizers[0], costs[0]), (f_critic, w, optimizers[1], costs[1])]
+    (f1, x1, optimizer1, _), (f2, x2, optimizer2, cost2) = players[::-1] if args.leader == "critic" else players
     if args.leader == "none":
         grad1, grad2 = grad(f1, x1), grad(f2, x2)
     else:
         grad2 = grad(f2, x2, create_graph=True)
         grad1, info = stackelberg_gradient(f1, f2, x1, x2, lam, args.cg_iters, args.cg_tol, grad2)
-    step(optimizer2, x2, grad2)
+    optimizer_step(optimizer2, x2, grad2)
     for batch in batches[1:]:
-        step(optimizer2, x2, grad(cost2(batch), x2))
-    step(optimizer1, x1, grad1)  # last: the follower's steps are all taken at the leader's old parameters
+        optimizer_step(optimizer2, x2, grad(cost2(batch), x2))
+    optimizer_step(optimizer1, x1, grad1)  # last: the follower's steps are all taken at the leader's old parameters
     with torch.no_grad():
-        torch._foreach_lerp_(list(target_critic.parameters()), list(critic.parameters()), args.tau)
-    return f1.detach(), f2.detach(), info
+        torch._foreach_lerp_(list(target_critic.parameters()), w, args.tau)
+    return f_actor.detach(), f_critic.detach(), info
 
 
 # Evaluation
@@ -462,32 +460,32 @@ def evaluate(actor, env, episodes, *key):
 
 
 def evaluate_model(args):
-    """`--evaluate PATH`: plays a saved model, prints each episode's return, and returns them."""
+    """`--evaluate PATH`: plays a saved model and prints each episode's return."""
+    check_args(args)
+    torch.set_num_threads(args.num_threads)
     state = load(args.evaluate, args, "actor")
-    saved = state["args"]
-    env = make_env(saved["env_id"], args.capture_video)
-    actor = Actor(env.observation_space, env.action_space, saved["hidden"])
+    env_id, hidden = state["args"]["env_id"], state["args"]["hidden"]
+    env = make_env(env_id, args.capture_video)
     try:
+        actor = Actor(env.observation_space, env.action_space, hidden)
         actor.load_state_dict(state["actor"])
-    except RuntimeError:
-        stop(f"{args.evaluate} does not fit {saved['env_id']}: its networks have other shapes")
+    except Exception as e:  # a file can hold anything
+        stop(f"{args.evaluate} holds no actor for {env_id} ({type(e).__name__})")
     if args.capture_video:
-        env = gym.wrappers.RecordVideo(env, str(Path(args.evaluate).parent / "videos"), lambda e: e == 0)
+        env = gym.wrappers.RecordVideo(env, str(Path(args.evaluate).parent / "evaluate"), lambda e: e == 0)
     returns = evaluate(actor, env, args.eval_episodes, args.seed, 2)
     env.close()
     for episode, episodic_return in enumerate(returns):
         print(f"episode {episode + 1}: return {episodic_return:.2f}")
-    print(f"{saved['env_id']}: mean return {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes")
-    return returns
+    print(f"{env_id}: mean return {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes")
 
 
 # Checkpoint
 ALGORITHM = "stsac"  # marks the files that this script writes
-# what may change when a run is carried on; all else decides which run it is
-CHANGEABLE = {
-    *("total_timesteps", "resume", "evaluate", "eval_every", "eval_episodes", "checkpoint_every", "save_model"),
-    *("cuda", "num_threads", "torch_deterministic", "track", "wandb_project_name", "wandb_entity", "capture_video"),
-}
+CHANGEABLE = set(  # when a run is carried on; all other flags decide which run it is
+    "total_timesteps resume evaluate eval_every eval_episodes checkpoint_every save_model cuda num_threads "
+    "torch_deterministic track wandb_project_name wandb_entity capture_video".split()
+)
 
 
 def save(path, **state):
@@ -507,13 +505,13 @@ def load(path, args, *keys):
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["algorithm"] != ALGORITHM or not {"args", *keys} <= state.keys():
+            raise ValueError
+        env_id, _ = str(state["args"]["env_id"]), state["args"]["hidden"]
     except OSError as e:
         stop(f"cannot read {path}: {e.strerror}")
     except Exception as e:  # a damaged or foreign file can fail in any way
-        stop(f"{path} is damaged or foreign ({type(e).__name__})")
-    if not isinstance(state, dict) or state.get("algorithm") != ALGORITHM or not {"args", *keys} <= state.keys():
-        stop(f"{path} is not a {ALGORITHM} file that can be used for this")
-    env_id = state["args"]["env_id"]
+        stop(f"{path} is damaged or not a {ALGORITHM} file that can be used for this ({type(e).__name__})")
     if ":" in env_id and env_id != args.env_id:
         stop(f"{path} wants a module imported for its environment; to allow that, say --env-id {env_id}")
     return state
@@ -532,10 +530,11 @@ def new_run_dir(args):
     """Makes the run's own folder runs/{env_id}__{exp_name}__{seed}__{unix time}."""
     names = {"none": ALGORITHM.removeprefix("st"), "actor": f"{ALGORITHM}-al", "critic": f"{ALGORITHM}-cl"}
     exp_name = args.exp_name or names[args.leader]
-    env_name, now = re.sub(r"[^\w.-]", "-", args.env_id), int(time.time())
+    now = int(time.time())
     while True:
         try:
-            run_dir = Path("runs") / f"{env_name}__{exp_name}__{args.seed}__{now}"
+            name = f"{args.env_id}__{exp_name}__{args.seed}__{now}"
+            run_dir = Path("runs") / re.sub(r"[^\w.-]", "-", name)
             run_dir.mkdir(parents=True)
             return run_dir
         except FileExistsError:  # of a run that started in the same second
@@ -545,10 +544,11 @@ def new_run_dir(args):
 def train(args):
     """What the command line calls: trains (or carries on) one run and returns its folder."""
     check_args(args)
-    state = load_checkpoint(args) if args.resume else None
-    for name, value in asdict(args).items() if state else ():
-        if name not in CHANGEABLE and state["args"].get(name) != value:
-            stop(f"cannot resume {args.resume}: its {name} is {state['args'].get(name)!r}, not {value!r}")
+    if args.resume:
+        state = load_checkpoint(args)
+        for name, value in asdict(args).items():
+            if name not in CHANGEABLE and state["args"][name] != value:
+                stop(f"cannot resume {args.resume}: its {name} is {state['args'][name]!r}, not {value!r}")
     torch.set_num_threads(args.num_threads)
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
@@ -566,30 +566,38 @@ def train(args):
     target_critic.requires_grad_(False)
     actor_optimizer = torch.optim.Adam(list(actor.parameters()), lr=args.policy_lr, fused=True)
     q_optimizer = torch.optim.Adam(list(critic.parameters()), lr=args.q_lr, fused=True)
+    optimizers = actor_optimizer, q_optimizer
     log_alpha = nn.Parameter(torch.zeros(1, device=device))
     alpha_optimizer = torch.optim.Adam([log_alpha], lr=args.q_lr, fused=True)
-    buffer = ReplayBuffer(args.buffer_size, *spaces, device)
+    try:
+        buffer = ReplayBuffer(args.buffer_size, *spaces, device)
+    except (MemoryError, RuntimeError):
+        stop(f"--buffer-size {args.buffer_size} does not fit into memory")
     parts = {"actor": actor, "critic": critic, "target_critic": target_critic, "buffer": buffer}
     parts |= {"actor_optimizer": actor_optimizer, "q_optimizer": q_optimizer, "alpha_optimizer": alpha_optimizer}
     start, episode, log_size = 0, 0, 0
-    if state:
+    if args.resume:
         try:
             for name, part in parts.items():
                 part.load_state_dict(state[name])
             log_alpha.data.copy_(state["log_alpha"])
-            start, episode, log_size = state["global_step"], state["episode"], state["log_size"]
+            start, episode, log_size = (int(state[name]) for name in ("global_step", "episode", "log_size"))
+            if not (start >= len(buffer) > 0 and episode >= 0 and log_size >= 0):
+                raise ValueError("its counters are impossible")
             torch.set_rng_state(state["rng"])
             if device.type == "cuda" and state["cuda_rng"] is not None:
                 torch.cuda.set_rng_state(state["cuda_rng"])
         except Exception as e:  # a file can hold anything
             stop(f"cannot resume {args.resume}: its checkpoint is not of this run ({' '.join(str(e).split())})")
-        state = None  # the buffer is in memory twice until here
+        del state  # the buffer is in memory twice until here
+        if args.total_timesteps < start:
+            stop(f"cannot resume {args.resume}: it is at step {start}, --total-timesteps is {args.total_timesteps}")
     alpha = log_alpha.exp().item() if args.autotune else args.alpha
 
     run_dir = Path(args.resume) if args.resume else new_run_dir(args)
     if args.capture_video:
         first = lambda e: e % args.eval_episodes == 0  # noqa: E731
-        eval_env = gym.wrappers.RecordVideo(eval_env, str(run_dir / "videos"), first, name_prefix="eval")
+        eval_env = gym.wrappers.RecordVideo(eval_env, str(run_dir / "videos"), first, name_prefix=f"eval-{start}")
     if args.track:
         run = {"name": run_dir.name, "id": run_dir.name, "resume": "allow", "config": asdict(args), "save_code": True}
         wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True, **run)
@@ -604,8 +612,10 @@ def train(args):
 
     def abort(message):
         writer.close()
-        kept = "is the last good checkpoint" if (run_dir / "checkpoint.pt").exists() else "has no checkpoint yet"
-        stop(f"step {global_step}: {message}; {run_dir} {kept}", 1)
+        stop(f"step {global_step}: {message}; the last good checkpoint, if there is one, is in {run_dir}", 1)
+
+    def speed():  # steps per second since the first updates, evaluations not counted
+        return int((global_step - timer_step) / (time.perf_counter() - timer_start))
 
     obs = reset(env, args.seed, 0, episode)
     checkpoint_step, updates, counted, totals, shown = start, 0, 0, {}, {}
@@ -621,22 +631,22 @@ def train(args):
         if not np.isfinite(action).all():
             abort("the policy's action is not finite")
         next_obs, reward, terminated, truncated, info = env.step(action)
-        if not (np.isfinite(next_obs).all() and np.isfinite(reward)):
-            abort("the environment returned an observation or a reward that is not finite")
+        if not np.abs(np.concatenate([obs, next_obs, [reward]])).max() <= np.finfo(np.float32).max:
+            abort("the environment returned an observation or a reward that is not finite (in float32)")
         buffer.add(obs, action, reward, next_obs, terminated)
-        obs = next_obs
+        obs = np.array(next_obs)
 
         if global_step >= args.learning_starts:
             batches = [buffer.sample(args.batch_size) for _ in range(args.unroll)]
             lam = args.lam * math.exp(-global_step / args.lam_decay) if args.lam_decay else args.lam
-            f1, f2, solve = stackelberg_update(*nets, actor_optimizer, q_optimizer, batches, alpha, lam, args)
-            if not (f1 + f2).isfinite():
+            f_actor, f_critic, solve = stackelberg_update(nets, optimizers, batches, alpha, lam, args)
+            if not (f_actor + f_critic).isfinite():
                 abort("a loss is not finite")
             if args.autotune:
                 with torch.no_grad():
                     _, log_prob = actor.get_action(batches[0].obs)
                 alpha_loss = (-log_alpha.exp() * (log_prob - math.prod(env.action_space.shape))).mean()
-                step(alpha_optimizer, [log_alpha], grad(alpha_loss, [log_alpha]))
+                optimizer_step(alpha_optimizer, [log_alpha], grad(alpha_loss, [log_alpha]))
                 alpha = log_alpha.exp().item()
             totals = {name: totals.get(name, 0) + value for name, value in solve.items()}
             updates, counted = updates + 1, counted + 1
@@ -648,13 +658,17 @@ def train(args):
                 q1, q2 = critic(batches[0].obs, batches[0].actions)
                 y = td_target(actor, target_critic, batches[0], args.gamma, alpha)
             qf1_loss, qf2_loss = F.mse_loss(q1, y), F.mse_loss(q2, y)
-            scalars = {"losses/qf1_values": q1.mean(), "losses/qf2_values": q2.mean(), "losses/alpha": alpha}
-            scalars |= {"losses/qf1_loss": qf1_loss, "losses/qf2_loss": qf2_loss}
-            scalars |= {"losses/qf_loss": (qf1_loss + qf2_loss) / 2}
-            scalars["losses/actor_loss"] = f2 if args.leader == "critic" else f1
+            scalars = {
+                "losses/qf1_values": q1.mean(),
+                "losses/qf2_values": q2.mean(),
+                "losses/qf1_loss": qf1_loss,
+                "losses/qf2_loss": qf2_loss,
+                "losses/qf_loss": (qf1_loss + qf2_loss) / 2,
+                "losses/actor_loss": f_actor,
+                "losses/alpha": alpha,
+            }
             if updates > 10:
-                shown["SPS"] = int((global_step - timer_step) / (time.perf_counter() - timer_start))
-                scalars["charts/SPS"] = shown["SPS"]
+                scalars["charts/SPS"] = shown["SPS"] = speed()
             if args.autotune:
                 scalars["losses/alpha_loss"] = alpha_loss.detach()
             if args.leader != "none":  # means over the updates since the last time
@@ -668,13 +682,14 @@ def train(args):
             bar.set_postfix(shown, refresh=False)
         bar.update()
 
-        paused = time.perf_counter()
         if global_step % args.eval_every == 0:
+            sps, paused = speed(), time.perf_counter()
             returns = evaluate(actor, eval_env, args.eval_episodes, args.seed, 1, global_step)
+            timer_start += time.perf_counter() - paused
             writer.add_scalar("eval/episodic_return", returns.mean(), global_step)
             writer.add_scalar("eval/episodic_return_std", returns.std(), global_step)
             line = f"step {global_step}: eval return {returns.mean():.2f} ± {returns.std():.2f}"
-            line += f" ({args.eval_episodes} episodes), {shown.get('SPS', 0)} steps/s"
+            line += f" ({args.eval_episodes} episodes), {sps} steps/s"
             tqdm.write(line)
             print(line, file=log, flush=True)
             shown["eval"] = f"{returns.mean():.1f}"
@@ -696,8 +711,6 @@ def train(args):
                 del state
                 checkpoint_step = global_step
             obs = reset(env, args.seed, 0, episode)
-        if updates:
-            timer_start += time.perf_counter() - paused  # SPS is the speed of training alone
 
     if args.save_model:
         save(run_dir / "model.pt", args=asdict(args), actor=actor.state_dict(), critic=critic.state_dict())

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -48,9 +49,10 @@ def flags(arguments):
     return line
 
 
-def command(*line, cwd, script=stsac.__file__, **kwargs):
-    """Starts a script as a user would, with the test environments in reach."""
+def command(*line, cwd, script=stsac.__file__, kill_at=0, **kwargs):
+    """Starts a script as a user would, with the test environments in reach; they kill it at a step, if asked to."""
     env = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+    env["POINT_KILL_AT"] = str(kill_at)
     kwargs = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": cwd, "env": env, **kwargs}
     return subprocess.Popen([sys.executable, str(script), *map(str, line)], **kwargs)
 
@@ -124,6 +126,14 @@ def test_logging_and_evaluation_do_not_change_the_run(here):
     assert_same_weights(a, b)
 
 
+def test_mujoco_run_resumes(here):
+    """On a simulator with much hidden state: nothing of it is in the checkpoint."""
+    run = args(env_id="Walker2d-v4", total_timesteps=300, checkpoint_every=100, eval_every=250, eval_episodes=1)
+    whole = stsac.train(run)
+    short = stsac.train(replace(run, total_timesteps=200))
+    assert_same_weights(whole, stsac.train(replace(run, resume=str(short))))
+
+
 @pytest.mark.parametrize(
     "script, changes",
     [
@@ -135,18 +145,13 @@ def test_logging_and_evaluation_do_not_change_the_run(here):
     ids=["stsac-actor", "stsac-critic", "stddpg-actor", "stddpg-none"],
 )
 def test_killed_and_resumed_ends_with_the_same_weights(here, script, changes):
-    """SIGKILL in the middle of an episode, after a checkpoint; then `--resume` and nothing else."""
+    """SIGKILL in the middle of an episode, some steps after a checkpoint; then `--resume`."""
     run = args(script, total_timesteps=1000, buffer_size=300, **changes)  # the buffer wraps around
     whole = here / script.train(run)
-    process = command(*flags(run), cwd=here, script=script.__file__)
-    deadline = time.time() + 120
-    while not (killed := [p for p in here.glob("runs/*/checkpoint.pt") if p.parent != whole]):
-        assert time.time() < deadline and process.poll() is None
-        time.sleep(0.02)
-    time.sleep(0.2)  # goes on past its checkpoint
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    killed = killed[0].parent
+    code, _, _ = finish(command(*flags(run), cwd=here, script=script.__file__, kill_at=730))
+    assert code == -signal.SIGKILL
+    (killed,) = (path for path in here.glob("runs/*") if path != whole)
+    assert torch.load(killed / "checkpoint.pt", weights_only=True)["global_step"] == 600
     assert not (killed / "model.pt").exists()
     code, out, err = finish(command("--resume", killed, "--env-id", run.env_id, cwd=here, script=script.__file__))
     assert code == 0, err
@@ -179,7 +184,7 @@ class TestCheckpointsThatAreRefused:
         """Exit code 2, one line, and every file as it was."""
         before = {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()}
         with pytest.raises(SystemExit) as error:
-            stsac.train(args(resume=str(run_dir), total_timesteps=600, **changes))
+            stsac.train(args(**{"resume": str(run_dir), "total_timesteps": 600, **changes}))
         assert error.value.code == 2
         message = capsys.readouterr().err
         assert message.count("\n") == 1
@@ -195,7 +200,11 @@ class TestCheckpointsThatAreRefused:
             checkpoint.write_bytes(data)
 
     def test_foreign(self, run_dir, capsys):
-        for content in ({"a": torch.ones(3)}, [1, 2], {"algorithm": "stddpg", "args": {}}):
+        state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+        malformed = [{"algorithm": "stddpg"}, {"args": {}}, {"args": [1]}, {"actor": [1]}, {"episode": -1}, {"rng": 3}]
+        malformed += [{"global_step": "x"}, {"log_size": None}, {"buffer": {"data": [], "count": 400}}]
+        malformed += [{"buffer": {**state["buffer"], "count": 5000}}, {"args": {**state["args"], "hidden": "x"}}]
+        for content in [{"a": torch.ones(3)}, [1, 2], *({**state, **change} for change in malformed)]:
             torch.save(content, run_dir / "checkpoint.pt")
             self.refused(capsys, run_dir)
         (run_dir / "checkpoint.pt").write_text("not a checkpoint")
@@ -222,6 +231,10 @@ class TestCheckpointsThatAreRefused:
     def test_mismatched(self, run_dir, capsys, changes):
         message = self.refused(capsys, run_dir, **changes)
         assert next(iter(changes)) in message
+
+    def test_beyond_the_end(self, run_dir, capsys):
+        """A run cannot be made shorter than its checkpoint."""
+        assert "--total-timesteps" in self.refused(capsys, run_dir, total_timesteps=300)
 
     def test_wrong_shapes(self, run_dir, capsys):
         state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
@@ -257,6 +270,11 @@ BAD = {
     "resume of nothing": (["--resume", "no/such/run"], "no/such/run"),
     "evaluate of nothing": (["--evaluate", "no/such/model.pt"], "no/such/model.pt"),
     "lam-decay of zero": (["--lam-decay", "0"], "--lam-decay"),
+    "observations of no fixed size": (["--env-id", "point_env:PointNoFixedSize-v0"], "no fixed size"),
+    "a buffer larger than memory": (["--env-id", SMALL["env_id"], "--buffer-size", str(10**15)], "--buffer-size"),
+    "evaluate for no episodes": (["--evaluate", "model.pt", "--eval-episodes", "0"], "--eval-episodes"),
+    "negative seed": (["--seed", "-1"], "--seed"),
+    "learning rate not a number": (["--policy-lr", "nan"], "--policy-lr"),
 }
 
 
@@ -278,15 +296,17 @@ def test_bad_input_from_the_shell(here):
     assert code == 2 and out == "" and err.count("\n") == 1 and "Hopper-v4" in err
 
 
-def test_environment_that_returns_nan(here, script, capsys):
-    run = args(script, env_id="point_env:PointNaN-v0", checkpoint_every=50)
+@pytest.mark.parametrize("env_id, step, last", [("NaN", 150, 120), ("Huge", 150, 120), ("BadReset", 21, None)])
+def test_environment_that_is_not_finite(here, script, capsys, env_id, step, last):
+    """NaN, a reward that float32 cannot hold, and a NaN of `reset`: named with its step, and never in a checkpoint."""
     with pytest.raises(SystemExit) as error:
-        script.train(run)
+        script.train(args(script, env_id=f"point_env:Point{env_id}-v0", checkpoint_every=50))
     assert error.value.code == 1
     message = capsys.readouterr().err
-    assert "step 150" in message and message.count("\n") == 1
-    (checkpoint,) = here.glob("runs/*/checkpoint.pt")
-    assert torch.load(checkpoint, weights_only=True)["global_step"] == 120
+    assert f"step {step}: the environment" in message and message.count("\n") == 1
+    checkpoints = [torch.load(path, weights_only=True) for path in here.glob("runs/*/checkpoint.pt")]
+    assert [state["global_step"] for state in checkpoints] == ([last] if last else [])
+    assert all(column.isfinite().all() for state in checkpoints for column in state["buffer"]["data"])
 
 
 def test_loss_that_becomes_infinite(here, script, capsys, monkeypatch):
@@ -308,18 +328,61 @@ def test_loss_that_becomes_infinite(here, script, capsys, monkeypatch):
 
 def test_parameters_that_are_not_finite_are_not_saved(here, script, capsys, monkeypatch):
     """A finite loss can have a gradient that is not: the checkpoint before it stays."""
-    calls, step = [], script.step
+    calls, step = [], script.optimizer_step
 
     def spoiling(optimizer, params, grads):
         calls.append(1)
         step(optimizer, params, [g * (math.nan if len(calls) == 362 else 1) for g in grads])
 
-    monkeypatch.setattr(script, "step", spoiling)  # two steps an update: the last before step 280's checkpoint
+    monkeypatch.setattr(
+        script, "optimizer_step", spoiling
+    )  # two steps an update: the last before step 280's checkpoint
     with pytest.raises(SystemExit):
         script.train(args(script, leader="none", checkpoint_every=40))
     assert "step 280" in capsys.readouterr().err
     state = torch.load(next(here.glob("runs/*/checkpoint.pt")), weights_only=True)
     assert state["global_step"] == 240
+
+
+@pytest.mark.filterwarnings("ignore:.*share an object")
+def test_transitions_are_the_environments(here, script):
+    """What is stored: (s, a, r, s') of the task, consecutive within an episode, also from an array changed in place."""
+    run = args(script, env_id="point_env:PointInPlace-v0", leader="none", policy_lr=0.0, checkpoint_every=400)
+    run_dir = script.train(run)
+    state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    obs, actions, rewards, next_obs, _ = state["buffer"]["data"]
+    assert len(obs) == 400
+    torch.testing.assert_close(next_obs, (obs + 0.2 * actions).clamp(-2, 2))
+    torch.testing.assert_close(rewards, -(next_obs**2).sum(-1))
+    inner = torch.arange(400) % 20 != 19  # all but the last of each episode
+    assert torch.equal(next_obs[inner], obs[1:][inner[:-1]])
+    # uniform at first, then the policy with its noise
+    assert actions[:200].abs().max() > 0.95 and actions[:200].std() == pytest.approx(3**-0.5, rel=0.1)
+    if script is stddpg:
+        noise = actions[200:] - load_actor(script, run_dir)[0](obs[200:]).detach()
+        assert noise.std() == pytest.approx(run.exploration_noise, rel=0.2)
+
+
+def test_lam_decay_and_fresh_batches_reach_the_update(here, script, monkeypatch):
+    seen, update = [], script.stackelberg_update
+
+    def recording(nets, optimizers, batches, *rest):
+        seen.append((batches, rest[-2]))
+        return update(nets, optimizers, batches, *rest)
+
+    monkeypatch.setattr(script, "stackelberg_update", recording)
+    script.train(args(script, unroll=3, lam=200.0, lam_decay=50.0, total_timesteps=150))
+    assert len(seen) == 51  # steps 100 to 150
+    for step, (batches, lam) in enumerate(seen, start=100):
+        assert lam == pytest.approx(200 * math.exp(-step / 50))
+        assert len(batches) == 3 and not torch.equal(batches[0].obs, batches[1].obs)
+
+
+def test_odd_spaces(here, script):
+    """Dictionary observations are flattened, and bounds of a narrow integer type do not overflow."""
+    run_dir = script.train(args(script, env_id="point_env:PointSmall-v0", total_timesteps=220))
+    actor = torch.load(run_dir / "model.pt", weights_only=True)["actor"]
+    assert (actor["action_scale"] == 100).all() and (actor["action_bias"] == 0).all()
 
 
 class TestTimeLimits:
@@ -429,7 +492,19 @@ def test_weights_and_biases_offline(here):
     pytest.importorskip("wandb")
     code, out, err = finish(command(*flags(args()), "--track", cwd=here))
     assert code == 0, err
-    assert list(here.glob("wandb/offline-run-*/*.wandb"))
+    (log,) = here.glob("wandb/offline-run-*/*.wandb")
+    assert b"eval/episodic_return" in log.read_bytes()
+
+
+def test_video(here, capsys, monkeypatch):
+    """The first episode of each evaluation, and of `--evaluate`."""
+    pytest.importorskip("moviepy")
+    run_dir = stsac.train(args(env_id="point_env:PointRendering-v0", capture_video=True))
+    assert sorted(path.name for path in run_dir.glob("videos/*")) == ["eval-0-episode-0.mp4", "eval-0-episode-3.mp4"]
+    line = ["--evaluate", str(run_dir / "model.pt"), "--env-id", "point_env:PointRendering-v0", "--capture-video"]
+    monkeypatch.setattr(sys, "argv", ["stsac.py", *line])
+    stsac.main()
+    assert (run_dir / "evaluate" / "rl-video-episode-0.mp4").stat().st_size > 0
 
 
 def test_track_without_weights_and_biases(here, monkeypatch, capsys):
@@ -441,19 +516,24 @@ def test_track_without_weights_and_biases(here, monkeypatch, capsys):
 
 
 def test_video_without_rendering(here, capsys):
-    """Point-v0 cannot render: one line that says what to install, and no run folder."""
+    """Without OpenGL: one line that says what to install, and no run folder."""
     with pytest.raises(SystemExit) as error:
-        stsac.train(args(capture_video=True))
+        stsac.train(args(env_id="point_env:PointNoOpenGL-v0", capture_video=True))
     message = capsys.readouterr().err
-    assert error.value.code == 2 and "moviepy" in message and "MUJOCO_GL" in message and message.count("\n") == 1
+    assert error.value.code == 2 and "no OpenGL here" in message and message.count("\n") == 1
+    assert "pip install moviepy" in message and "MUJOCO_GL" in message
     assert not (here / "runs").exists()
 
 
 def test_interrupt_is_one_line(here):
     process = command(*flags(args(total_timesteps=100_000)), cwd=here)
-    while not list(here.glob("runs/*/checkpoint.pt")):
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    code, out, err = finish(process)
-    assert code == 130 and err.count("\n") == 1 and "--resume" in err
+    try:
+        deadline = time.time() + 120
+        while not list(here.glob("runs/*/checkpoint.pt")):
+            assert process.poll() is None and time.time() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        code, out, err = finish(process)
+        assert code == 130 and err.count("\n") == 1 and "--resume" in err
+    finally:
+        process.kill()
