@@ -620,9 +620,7 @@ def train(args):
     obs = reset(env, args.seed, 0, episode)
     checkpoint_step, updates, counted, totals, shown = start, 0, 0, {}, {}
     timer_start, timer_step = time.perf_counter(), start
-    form = (
-        "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"  # its own rate counts the first steps too
-    )
+    form = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"  # SPS, not the bar's own rate
     bar = tqdm(total=args.total_timesteps, initial=start, disable=None, dynamic_ncols=True, bar_format=form)
     for global_step in range(start + 1, args.total_timesteps + 1):
         with torch.no_grad():
