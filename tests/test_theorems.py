@@ -58,7 +58,9 @@ class FeatureQ(stac_ac.QCritic):
 
 
 def features(obs):
-    return obs @ torch.linspace(-2, 2, STATES)[torch.randperm(STATES, generator=torch.Generator().manual_seed(5))][:, None]
+    return (
+        obs @ torch.linspace(-2, 2, STATES)[torch.randperm(STATES, generator=torch.Generator().manual_seed(5))][:, None]
+    )
 
 
 class MDP:
