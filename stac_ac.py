@@ -725,7 +725,7 @@ def train(args):
             writer.add_scalar("charts/episodic_return", episodic_return, when)
             writer.add_scalar("charts/episodic_length", length, when)
         scalars = {"charts/SPS": shown["SPS"], "losses/policy_loss": f1, "losses/value_loss": f2}
-        scalars["losses/entropy"] = entropy
+        scalars["losses/entropy"] = entropy  # policy_loss is -J(θ, w) itself, value_loss is L(θ, w)
         if args.leader != "none":
             for name, value in solve.items():
                 name = f"cg_{name}" if name in ("residual", "iterations") else name
