@@ -495,7 +495,7 @@ def load(path, args, *keys):
 
 def load_checkpoint(args):
     """The checkpoint of the run in the folder `args.resume`."""
-    state = load(Path(args.resume) / "checkpoint.pt", args, "global_step", "buffer", "rng")
+    state = load(Path(args.resume) / "checkpoint.pt", args, "global_step", "rng")
     if state["args"].keys() != asdict(args).keys():
         stop(f"cannot resume {args.resume}: it was made by another version of {Path(__file__).name}")
     return state

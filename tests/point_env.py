@@ -85,6 +85,20 @@ class NoFixedSize(Point):
     observation_space = gym.spaces.Sequence(Point.observation_space)
 
 
+class Compass(Point):
+    """Point with four actions, numbered from 1, each a step along an axis."""
+
+    action_space = gym.spaces.Discrete(4, start=1)
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        return super().step(2 * np.array([[1, 0], [-1, 0], [0, 1], [0, -1]])[action - 1])
+
+
+class TwoBoxes(Point):
+    action_space = gym.spaces.MultiDiscrete([2, 2])
+
+
 gym.register("Point-v0", Point, max_episode_steps=20)
 gym.register("PointNaN-v0", Point, max_episode_steps=20, kwargs={"spoil": {150: float("nan")}})
 gym.register("PointHuge-v0", Point, max_episode_steps=20, kwargs={"spoil": {150: 1e300}})
@@ -97,3 +111,5 @@ gym.register("PointNoFixedSize-v0", NoFixedSize, max_episode_steps=20)
 gym.register("PointTimeout-v0", Point, max_episode_steps=1000, kwargs={"reward": 1.0})
 gym.register("PointTerminal-v0", Point, max_episode_steps=1000, kwargs={"reward": 1.0, "terminal": True})
 gym.register("PointUnbounded-v0", Unbounded, max_episode_steps=20)
+gym.register("Compass-v0", Compass, max_episode_steps=20)
+gym.register("TwoBoxes-v0", TwoBoxes, max_episode_steps=20)
