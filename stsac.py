@@ -608,7 +608,7 @@ def train(args):
     if not args.resume:
         table = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
         writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
-        tqdm.write(str(run_dir))
+        print(run_dir, flush=True)
 
     def abort(message):
         writer.close()
