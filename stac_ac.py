@@ -431,24 +431,30 @@ def conjugate_gradient(matvec, b, max_iters, tol, preconditioner=None):
 
     matvec: v -> Av; b: [n]; preconditioner: r -> an approximation of A⁻¹r, symmetric positive definite.
     Stops at ‖b - Ax‖ ≤ tol ‖b‖. At pᵀAp ≤ 0 (to rounding: A is not positive definite) or at the first number that is
-    not finite it keeps the last good x, 0 if there is none: x is finite whatever A and b are.
+    not finite it keeps the last good x, 0 if there is none: x is finite whatever A and b are. With a preconditioner M
+    the x returned is never worse than Mb: that is what it falls back to.
     Returns x and info, tensors on b's device: residual (relative; inf after a number that was not finite), iterations
     (those that changed x) and negative_curvature.
     """
     eps = torch.finfo(b.dtype).eps
     tol = max(tol, eps)  # the recursion for r goes on shrinking below rounding, where it means nothing
     x, r, b_norm = torch.zeros_like(b), b, b.norm()
-    z = r if preconditioner is None else preconditioner(r)
-    p, rz = z, r @ z
+    p, rz = r, r @ r
     residual = torch.where(b_norm.isfinite(), (b_norm != 0).to(b.dtype), math.inf)
     max_curvature, iterations = torch.zeros_like(b_norm), torch.zeros_like(b_norm)
     active = b_norm.isfinite() & (residual > tol)
     negative_curvature = torch.zeros_like(active)
-    for _ in range(max_iters):
+    Mb, Mb_residual = x, torch.full_like(residual, math.inf)
+    for k in range(max_iters):
         # On a CPU an early stop is free; on a GPU reading `active` would stall it, so the masks do the work instead.
-        if b.device.type == "cpu" and not active:
+        if b.device.type == "cpu" and not torch.compiler.is_compiling() and not active:
             break
+        z = r if preconditioner is None else preconditioner(r)
+        rz, rz_old = r @ z, rz
+        p = z if k == 0 else z + rz / rz_old * p
         Ap = matvec(p)
+        if k == 0:
+            Mb, Mb_residual = p, (b - Ap).norm() / b_norm
         pAp = p @ Ap
         curvature = pAp / (p @ p)
         max_curvature = torch.maximum(max_curvature, curvature)
@@ -461,10 +467,10 @@ def conjugate_gradient(matvec, b, max_iters, tol, preconditioner=None):
         x, r = torch.where(good, x_new, x), torch.where(good, r_new, r)
         residual = torch.where(good, r.norm() / b_norm, torch.where(active & ~flat, math.inf, residual))
         iterations = iterations + good
-        z = r if preconditioner is None else preconditioner(r)
-        rz, rz_old = r @ z, rz
-        p = z + rz / rz_old * p
         active = good & (residual > tol)
+    if preconditioner is not None:
+        fallback = (residual + Mb_residual).isfinite() & ((residual > Mb_residual) | (iterations == 0))
+        x, residual = torch.where(fallback, Mb, x), torch.where(fallback, Mb_residual, residual)
     return x, {"residual": residual, "iterations": iterations, "negative_curvature": negative_curvature}
 
 
@@ -479,6 +485,14 @@ def grad(outputs, inputs, grad_outputs=None, create_graph=False):
 def flatten(tensors):
     """One vector of all entries."""
     return torch.cat([t.reshape(-1) for t in tensors])
+
+
+def term_sizes(direct, implicit):
+    """Norms of the leader's direct and implicit term, and the cosine between the two."""
+    d, i = flatten(direct), flatten(implicit)
+    d_norm, i_norm = d.norm(), i.norm()
+    cosine = d @ i / (d_norm * i_norm).clamp(min=torch.finfo(d.dtype).tiny)
+    return {"direct_norm": d_norm, "implicit_norm": i_norm, "cosine": cosine}
 
 
 def stackelberg_gradient(f1, f2, x1, x2, lam, cg_iters, cg_tol, grad2_f2=None):
@@ -500,10 +514,7 @@ def stackelberg_gradient(f1, f2, x1, x2, lam, cg_iters, cg_tol, grad2_f2=None):
 
     v, info = conjugate_gradient(damped_hessian, grad2_f1, cg_iters, cg_tol)
     implicit = grad(grad2_f2, x1, -v)
-    d, i = flatten(direct), flatten(implicit)
-    info["direct_norm"], info["implicit_norm"] = d.norm(), i.norm()
-    info["cosine"] = F.cosine_similarity(d, i, dim=0)
-    return [a + b for a, b in zip(direct, implicit)], info
+    return [a + b for a, b in zip(direct, implicit)], info | term_sizes(direct, implicit)
 
 
 # Update

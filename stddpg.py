@@ -50,6 +50,9 @@ class Args:
     """if toggled, cuda will be enabled where there is one"""
     num_threads: int = 1
     """CPU threads of this run; more only pay where cores are idle"""
+    compile: bool = False
+    """compile the gradients with torch.compile: needs a C++ compiler and ten seconds to a minute at the start; every
+    solve then takes all of its --cg-iters, so give it three"""
     track: bool = False
     """if toggled, this experiment will be tracked with Weights and Biases"""
     wandb_project_name: str = "stackelberg-actor-critic"
@@ -108,6 +111,10 @@ class Args:
     """time constant in environment steps: λ exp(-t / lam_decay); the paper's released code has 1e5 (default: off)"""
     unroll: int = 1
     """m of Algorithm 2: follower steps for one of the leader's (leader none: critic steps)"""
+    curvature: Literal["hessian", "gauss-newton"] = "hessian"
+    """the follower's curvature with the actor as leader: the paper's ∇_w²L, or its Gauss-Newton part in closed form"""
+    precondition: bool = True
+    """precondition conjugate gradient by the Gauss-Newton solve (actor as leader, full Hessian; the paper does not)"""
     cg_iters: int = 10
     """most conjugate gradient iterations, each one Hessian-vector product"""
     cg_tol: float = 1e-3
@@ -131,6 +138,12 @@ def check_args(args):
         (0 <= args.lam < math.inf, "--lam must be finite and at least 0 (λ → ∞ is --leader none)"),
         (args.lam_decay is None or args.lam_decay > 0, "--lam-decay must be positive"),
         (0 <= args.cg_tol < 1, "--cg-tol must be in [0, 1)"),
+        (
+            args.curvature == "hessian" or args.leader != "critic",
+            "--curvature gauss-newton needs the actor as leader: with the critic as leader the follower's cost is -J, "
+            "which is no sum of squares",
+        ),
+        (args.curvature == "hessian" or args.lam > 0, "--curvature gauss-newton needs a positive --lam"),
         (args.batch_size <= args.buffer_size, "--batch-size must not be larger than --buffer-size"),
         (0 <= args.gamma <= 1, "--gamma must be in [0, 1]"),
         (0 < args.tau <= 1, "--tau must be in (0, 1]"),
@@ -303,24 +316,30 @@ def conjugate_gradient(matvec, b, max_iters, tol, preconditioner=None):
 
     matvec: v -> Av; b: [n]; preconditioner: r -> an approximation of A⁻¹r, symmetric positive definite.
     Stops at ‖b - Ax‖ ≤ tol ‖b‖. At pᵀAp ≤ 0 (to rounding: A is not positive definite) or at the first number that is
-    not finite it keeps the last good x, 0 if there is none: x is finite whatever A and b are.
+    not finite it keeps the last good x, 0 if there is none: x is finite whatever A and b are. With a preconditioner M
+    the x returned is never worse than Mb: that is what it falls back to.
     Returns x and info, tensors on b's device: residual (relative; inf after a number that was not finite), iterations
     (those that changed x) and negative_curvature.
     """
     eps = torch.finfo(b.dtype).eps
     tol = max(tol, eps)  # the recursion for r goes on shrinking below rounding, where it means nothing
     x, r, b_norm = torch.zeros_like(b), b, b.norm()
-    z = r if preconditioner is None else preconditioner(r)
-    p, rz = z, r @ z
+    p, rz = r, r @ r
     residual = torch.where(b_norm.isfinite(), (b_norm != 0).to(b.dtype), math.inf)
     max_curvature, iterations = torch.zeros_like(b_norm), torch.zeros_like(b_norm)
     active = b_norm.isfinite() & (residual > tol)
     negative_curvature = torch.zeros_like(active)
-    for _ in range(max_iters):
+    Mb, Mb_residual = x, torch.full_like(residual, math.inf)
+    for k in range(max_iters):
         # On a CPU an early stop is free; on a GPU reading `active` would stall it, so the masks do the work instead.
-        if b.device.type == "cpu" and not active:
+        if b.device.type == "cpu" and not torch.compiler.is_compiling() and not active:
             break
+        z = r if preconditioner is None else preconditioner(r)
+        rz, rz_old = r @ z, rz
+        p = z if k == 0 else z + rz / rz_old * p
         Ap = matvec(p)
+        if k == 0:
+            Mb, Mb_residual = p, (b - Ap).norm() / b_norm
         pAp = p @ Ap
         curvature = pAp / (p @ p)
         max_curvature = torch.maximum(max_curvature, curvature)
@@ -333,10 +352,10 @@ def conjugate_gradient(matvec, b, max_iters, tol, preconditioner=None):
         x, r = torch.where(good, x_new, x), torch.where(good, r_new, r)
         residual = torch.where(good, r.norm() / b_norm, torch.where(active & ~flat, math.inf, residual))
         iterations = iterations + good
-        z = r if preconditioner is None else preconditioner(r)
-        rz, rz_old = r @ z, rz
-        p = z + rz / rz_old * p
         active = good & (residual > tol)
+    if preconditioner is not None:
+        fallback = (residual + Mb_residual).isfinite() & ((residual > Mb_residual) | (iterations == 0))
+        x, residual = torch.where(fallback, Mb, x), torch.where(fallback, Mb_residual, residual)
     return x, {"residual": residual, "iterations": iterations, "negative_curvature": negative_curvature}
 
 
@@ -351,6 +370,14 @@ def grad(outputs, inputs, grad_outputs=None, create_graph=False):
 def flatten(tensors):
     """One vector of all entries."""
     return torch.cat([t.reshape(-1) for t in tensors])
+
+
+def term_sizes(direct, implicit):
+    """Norms of the leader's direct and implicit term, and the cosine between the two."""
+    d, i = flatten(direct), flatten(implicit)
+    d_norm, i_norm = d.norm(), i.norm()
+    cosine = d @ i / (d_norm * i_norm).clamp(min=torch.finfo(d.dtype).tiny)
+    return {"direct_norm": d_norm, "implicit_norm": i_norm, "cosine": cosine}
 
 
 def stackelberg_gradient(f1, f2, x1, x2, lam, cg_iters, cg_tol, grad2_f2=None):
@@ -372,10 +399,154 @@ def stackelberg_gradient(f1, f2, x1, x2, lam, cg_iters, cg_tol, grad2_f2=None):
 
     v, info = conjugate_gradient(damped_hessian, grad2_f1, cg_iters, cg_tol)
     implicit = grad(grad2_f2, x1, -v)
-    d, i = flatten(direct), flatten(implicit)
-    info["direct_norm"], info["implicit_norm"] = d.norm(), i.norm()
-    info["cosine"] = F.cosine_similarity(d, i, dim=0)
-    return [a + b for a, b in zip(direct, implicit)], info
+    return [a + b for a, b in zip(direct, implicit)], info | term_sizes(direct, implicit)
+
+
+# The actor as leader: the critic's tangent kernel
+def jacobian(q, x):
+    """A Q network at its inputs x, [B, n_in] -> Q, [B], and the Jacobian 𝒥 = ∂Q/∂w in factors.
+
+    The factors are a pair (A, Δ) for each linear layer, its inputs and ∂Q/∂(its outputs), [B, width] each: row i of 𝒥
+    is the outer product Δ_i A_iᵀ for the layer's weights, and Δ_i for its biases.
+    """
+    layers, inputs = list(q)[::2], [x]  # with ReLU between them
+    for layer in layers[:-1]:
+        inputs.append(F.relu(layer(inputs[-1])))
+    out = layers[-1](inputs[-1])
+    deltas = [torch.ones_like(out)]
+    for layer, A in zip(layers[:0:-1], inputs[:0:-1]):
+        deltas.insert(0, deltas[0] @ layer.weight * A.sign())  # A ≥ 0, so this is ReLU's derivative
+    return out.squeeze(-1), list(zip(inputs, deltas))
+
+
+def rows(J, index):
+    """The Jacobian at a part of the batch."""
+    return [(A[index], D[index]) for A, D in J]
+
+
+def vjp(J, c):
+    """𝒥ᵀc, a list of tensors like w, for c of shape [B]."""
+    return [t for A, D in J for t in ((D * c[:, None]).T @ A, D.T @ c)]
+
+
+def layerwise(J, v):
+    """A flat v like w as the layers' pairs of weight and bias."""
+    shapes = [(D.shape[1], A.shape[1]) for A, D in J]
+    parts = v.split([n for n_out, n_in in shapes for n in (n_out * n_in, n_out)])
+    return [(weight.view(shape), bias) for weight, bias, shape in zip(parts[::2], parts[1::2], shapes)]
+
+
+def jvp(J, v):
+    """𝒥v, [B], for a flat v like w."""
+    return sum((torch.addmm(bias, A, weight.T) * D).sum(1) for (A, D), (weight, bias) in zip(J, layerwise(J, v)))
+
+
+def hessian_vector_product(q, J, f2_q, v):
+    """∇_w²L v, flat like w, for L = Σ (Q_i - y_i)²/B: Pearlmutter's (1994) derivative of the backward pass along v.
+
+    f2_q: ∂L/∂Q, [B]. Equal to double backward through L, with J instead of a graph.
+    """
+    layers, V, product = list(q)[::2], layerwise(J, v), []
+    dA, dinputs = torch.zeros_like(J[0][0]), []  # derivatives along v
+    for i, (layer, (A, _), (weight, bias)) in enumerate(zip(layers, J, V)):
+        dinputs.append(dA)
+        dout = torch.addmm(torch.addmm(bias, A, weight.T), dA, layer.weight.T)
+        if i + 1 < len(layers):
+            dA = dout * J[i + 1][0].sign()
+    ddelta = 2 / len(f2_q) * dout
+    for layer, (A, D), (weight, _), dA in list(zip(layers, J, V, dinputs))[::-1]:
+        delta = D * f2_q[:, None]
+        product = [torch.addmm(ddelta.T @ A, delta.T, dA), ddelta.sum(0), *product]
+        ddelta = torch.addmm(ddelta @ layer.weight, delta, weight) * A.sign()
+    return flatten(product)
+
+
+def tangent_kernel(J1, J2):
+    """𝒥₁𝒥₂ᵀ, [B₁, B₂]: how fitting Q at one sample moves it at another."""
+    return sum((A1 @ A2.T + 1) * (D1 @ D2.T) for (A1, D1), (A2, D2) in zip(J1, J2))
+
+
+def ridge_solver(K, lam):
+    """c -> (K + (λB/2) I)⁻¹ c, [B]: positive definite for every λ > 0, so it cannot break down."""
+    rounding = torch.finfo(K.dtype).eps * K.trace()  # K's own; a smaller λ would leave K indefinite
+    K = K.double()
+    K.diagonal().add_(len(K) / 2 * lam + rounding)
+    L, _ = torch.linalg.cholesky_ex(K)  # checks nothing, so that a GPU need not wait
+    return lambda c: torch.cholesky_solve(c.double()[:, None], L)[:, 0].to(c.dtype)
+
+
+def target_weights(qs, Js, f1_q, f2_q, lam, args):
+    """df1/dy, [B]: what moving each target changes in the leader's cost once the follower has re-fit.
+
+        df1/dy_i = (2/B) ∇_wQ_w(s_i, a_i)·v,    v = (∇_w²L + λI)⁻¹ ∇_w f1          (summed over the Q networks)
+
+    The Gauss-Newton part of ∇_w²L is (2/B)𝒥ᵀ𝒥. With it alone this is kernel ridge regression, (K + (λB/2) I)⁻¹ 𝒥∇_w f1;
+    with all of ∇_w²L it is the preconditioner.
+    qs: the Q networks; for each of them, Js: the Jacobian at (s, a) and then (s, μ_θ(s)), 2B rows; f2_q: ∂L/∂Q at the
+    former, f1_q: ∂f1/∂Q at the latter, [B]. Returns df1/dy and the solver's info.
+    """
+    B = len(f2_q[0])
+    Js, Js_all, Js_pi = [rows(J, slice(B)) for J in Js], Js, [rows(J, slice(B, None)) for J in Js]
+    if args.curvature == "gauss-newton":
+        kernels = [tangent_kernel(J, J_all) for J, J_all in zip(Js, Js_all)]
+        return sum(ridge_solver(K[:, :B], lam)(K[:, B:] @ c) for K, c in zip(kernels, f1_q)), {}
+    grad2_f1 = flatten([t for J_pi, c in zip(Js_pi, f1_q) for t in vjp(J_pi, c)])
+
+    def damped_hessian(v):
+        parts = zip(qs, Js, f2_q, v.chunk(len(qs)))  # block diagonal
+        return torch.cat([hessian_vector_product(q, J, c, u) for q, J, c, u in parts]) + lam * v
+
+    preconditioner = None
+    if args.precondition and args.lam > 0:
+        solvers = [ridge_solver(tangent_kernel(J, J), lam) for J in Js]
+
+        def preconditioner(r):
+            """((2/B)𝒥ᵀ𝒥 + λI)⁻¹ r = (r - 𝒥ᵀ(K + (λB/2) I)⁻¹𝒥r)/λ for each Q network."""
+            fits = [flatten(vjp(J, solve(jvp(J, u)))) for J, solve, u in zip(Js, solvers, r.chunk(len(Js)))]
+            return (r - torch.cat(fits)) / lam
+
+    v, info = conjugate_gradient(damped_hessian, grad2_f1, args.cg_iters, args.cg_tol, preconditioner)
+    return 2 / B * sum(jvp(J, u) for J, u in zip(Js, v.chunk(len(Js)))), info
+
+
+def actor_leads(actor, critic, target_critic, batch, lam, args):
+    """The players' costs and gradients, the leader being the actor: `stackelberg_gradient` with f1 = -J and f2 = L.
+
+    L depends on θ only through the targets y_i, so ∇₁f1 - (∇₂₁f2)ᵀv = ∇_θf1 + Σ_i df1/dy_i ∇_θy_i: when the critic
+    re-fits, moving a target moves the actor's cost, so the actor descends its own influence on the targets, too.
+    Returns f_actor, f_critic, their gradients (lists like θ and w) and info.
+    """
+    theta, B = list(actor.parameters()), len(batch.obs)
+    actions = actor(batch.obs)
+    y = td_target(actor, target_critic, batch, args.gamma)
+    with torch.no_grad():
+        x, x_pi = torch.cat([batch.obs, batch.actions], dim=-1), torch.cat([batch.obs, actions], dim=-1)
+        q_all, J = jacobian(critic.q1, torch.cat([x, x_pi]))
+        q, q_pi = q_all.chunk(2)
+        f1_q, f2_q = torch.full_like(q, -1 / B), 2 / B * (q - y)
+        f1_actions = f1_q[:, None] * (J[0][1][B:] @ critic.q1[0].weight[:, -actions.shape[1] :])
+        weights, info = target_weights([critic.q1], [J], [f1_q], [f2_q], lam, args)
+        f_actor, f_critic, grad_w = -q_pi.mean(), F.mse_loss(q, y), vjp(rows(J, slice(B)), f2_q)
+    direct, implicit = grad(actions, theta, f1_actions), grad(y, theta, weights)
+    grad_theta = [a + b for a, b in zip(direct, implicit)]
+    return f_actor, f_critic, grad_theta, grad_w, info | term_sizes(direct, implicit)
+
+
+def player_gradients(actor, critic, target_critic, policy, batch, lam, args):
+    """Both players' costs and gradients at the same (θ, w): f_actor, f_critic, two lists like θ and w, and info.
+
+    policy: the one of the targets.
+    """
+    if args.leader == "actor":
+        return actor_leads(actor, critic, target_critic, batch, lam, args)
+    f_actor, f_critic = actor_loss(actor, critic, batch), critic_loss(policy, critic, target_critic, batch, args.gamma)
+    theta, w, info = list(actor.parameters()), list(critic.parameters()), {}
+    grad_theta = grad(f_actor, theta, create_graph=args.leader == "critic")
+    if args.leader == "critic":
+        grad_w, info = stackelberg_gradient(f_critic, f_actor, w, theta, lam, args.cg_iters, args.cg_tol, grad_theta)
+    else:
+        grad_w = grad(f_critic, w)
+    return f_actor.detach(), f_critic.detach(), grad_theta, grad_w, info
 
 
 # Update
@@ -386,10 +557,11 @@ def optimizer_step(optimizer, params, grads):
     optimizer.step()
 
 
-def stackelberg_update(nets, optimizers, batches, lam, args):
+def stackelberg_update(nets, optimizers, batches, lam, args, gradients=player_gradients):
     """One iteration of Algorithm 2 (with one batch: of Algorithm 1, (11)-(14)), and the target networks' step.
 
-    nets: actor, critic, target actor, target critic; optimizers: the actor's, the critic's.
+    nets: actor, critic, target actor, target critic; optimizers: the actor's, the critic's; gradients: what to call,
+    `player_gradients` or its compiled form.
     The follower takes a step on each of the batches, the leader one on the first; both first gradients are taken at
     the same (θ_k, w_k). Every batch is a fresh sample: the follower's best response is to the whole replay buffer,
     and m steps on one minibatch would fit that minibatch.
@@ -397,27 +569,23 @@ def stackelberg_update(nets, optimizers, batches, lam, args):
     """
     actor, critic, target_actor, target_critic = nets
     policy = target_actor if args.target_policy else actor
-    costs = [
-        lambda batch: actor_loss(actor, critic, batch),
-        lambda batch: critic_loss(policy, critic, target_critic, batch, args.gamma),
-    ]
-    f_actor, f_critic = (cost(batches[0]) for cost in costs)  # in this order whoever leads: it draws the noise
-    theta, w, info = list(actor.parameters()), list(critic.parameters()), {}
-    players = [(f_actor, theta, optimizers[0], costs[0]), (f_critic, w, optimizers[1], costs[1])]
-    (f1, x1, optimizer1, _), (f2, x2, optimizer2, cost2) = players[::-1] if args.leader == "critic" else players
-    if args.leader == "none":
-        grad1, grad2 = grad(f1, x1), grad(f2, x2)
-    else:
-        grad2 = grad(f2, x2, create_graph=True)
-        grad1, info = stackelberg_gradient(f1, f2, x1, x2, lam, args.cg_iters, args.cg_tol, grad2)
-    optimizer_step(optimizer2, x2, grad2)
+    f_actor, f_critic, grad_theta, grad_w, info = gradients(actor, critic, target_critic, policy, batches[0], lam, args)
+    theta_step = optimizers[0], list(actor.parameters()), grad_theta
+    w_step = optimizers[1], list(critic.parameters()), grad_w
+    follower, leader = (theta_step, w_step) if args.leader == "critic" else (w_step, theta_step)
+    optimizer_step(*follower)
     for batch in batches[1:]:
-        optimizer_step(optimizer2, x2, grad(cost2(batch), x2))
-    optimizer_step(optimizer1, x1, grad1)  # last: the follower's steps are all taken at the leader's old parameters
+        optimizer, x2, _ = follower
+        if args.leader == "critic":
+            f2 = actor_loss(actor, critic, batch)
+        else:
+            f2 = critic_loss(policy, critic, target_critic, batch, args.gamma)
+        optimizer_step(optimizer, x2, grad(f2, x2))
+    optimizer_step(*leader)  # last: the follower's steps are all taken at the leader's old parameters
     with torch.no_grad():
-        torch._foreach_lerp_(list(target_critic.parameters()), w, args.tau)
+        torch._foreach_lerp_(list(target_critic.parameters()), list(critic.parameters()), args.tau)
         torch._foreach_lerp_(list(target_actor.parameters()), list(actor.parameters()), args.tau)
-    return f_actor.detach(), f_critic.detach(), info
+    return f_actor, f_critic, info
 
 
 # Evaluation
@@ -459,7 +627,7 @@ def evaluate_model(args):
 # Checkpoint
 ALGORITHM = "stddpg"  # marks the files that this script writes
 CHANGEABLE = set(  # when a run is carried on; all other flags decide which run it is
-    "total_timesteps resume evaluate eval_every eval_episodes checkpoint_every save_model cuda num_threads "
+    "total_timesteps resume evaluate eval_every eval_episodes checkpoint_every save_model cuda num_threads compile "
     "torch_deterministic track wandb_project_name wandb_entity capture_video".split()
 )
 
@@ -529,6 +697,19 @@ def train(args):
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+    gradients = player_gradients
+    if args.compile:
+        torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad inside a compiled function
+        # "fallback_random": noise from torch's generator, as without --compile
+        compiled = torch.compile(player_gradients, fullgraph=True, options={"fallback_random": True})
+
+        def gradients(*inputs):  # a number would be compiled in, a tensor may change
+            return compiled(*(torch.tensor(x) if isinstance(x, float) else x for x in inputs))
+
+        try:
+            torch.compile(torch.sin, fullgraph=True)(torch.ones(2, device=device))
+        except Exception as e:  # no compiler, or one that does not work
+            stop(f"--compile needs a working C++ compiler: {str(e).strip().splitlines()[0]}")
     if args.track:
         try:
             import wandb
@@ -616,7 +797,7 @@ def train(args):
         if global_step >= args.learning_starts:
             batches = [buffer.sample(args.batch_size) for _ in range(args.unroll)]
             lam = args.lam * math.exp(-global_step / args.lam_decay) if args.lam_decay else args.lam
-            f_actor, f_critic, solve = stackelberg_update(nets, optimizers, batches, lam, args)
+            f_actor, f_critic, solve = stackelberg_update(nets, optimizers, batches, lam, args, gradients)
             if not (f_actor + f_critic).isfinite():
                 abort("a loss is not finite")
             totals = {name: totals.get(name, 0) + value for name, value in solve.items()}

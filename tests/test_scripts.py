@@ -12,7 +12,7 @@ SCRIPTS = [name for name in ("stsac", "stddpg", "stac_ac", "toy_game") if (ROOT 
 # where the algorithms differ; everything else that two scripts define is a copy
 DIFFERENT = {
     *("Args", "check_args", "Actor", "Critic", "actor_loss", "td_target", "critic_loss"),
-    *("stackelberg_update", "evaluate", "train"),
+    *("actor_leads", "player_gradients", "stackelberg_update", "evaluate", "train"),
 }
 # stac_ac: discrete actions and unbounded ones are allowed; its networks have tanh units
 DIFFERENT_ON_POLICY = {"make_env", "mlp"}
@@ -41,16 +41,27 @@ def test_the_off_policy_scripts_have_the_same_shape():
     """The same functions in the same order, and every copy is one that the test above compares."""
     assert list(definitions("stddpg")) == list(definitions("stsac"))
     assert len(definitions("stsac").keys() - DIFFERENT) >= 15
-    for name in ("conjugate_gradient", "stackelberg_gradient", "ReplayBuffer", "reset", "save", "load", "main"):
+    for name in (
+        "conjugate_gradient",
+        "target_weights",
+        "stackelberg_gradient",
+        "ReplayBuffer",
+        "reset",
+        "save",
+        "load",
+        "main",
+    ):
         assert name in definitions("stddpg").keys() - DIFFERENT
 
 
 def test_the_on_policy_script_copies_what_it_can():
     """What it has of its own belongs to collecting a batch; all else is a copy or one of the names that differ."""
     ours, theirs = definitions("stac_ac").keys(), definitions("stsac").keys()
-    assert theirs - ours == {"Batch", "ReplayBuffer", "actor_loss", "td_target"}
+    off_policy = {"Batch", "ReplayBuffer", "actor_loss", "td_target", "actor_leads", "player_gradients"}
+    tangent_kernel = {"jacobian", "rows", "vjp", "layerwise", "jvp", "hessian_vector_product", "tangent_kernel"}
+    assert theirs - ours == off_policy | tangent_kernel | {"ridge_solver", "target_weights"}
     copies = (ours & theirs) - DIFFERENT - DIFFERENT_ON_POLICY
-    solver = {"conjugate_gradient", "grad", "flatten", "stackelberg_gradient", "optimizer_step"}
+    solver = {"conjugate_gradient", "grad", "flatten", "term_sizes", "stackelberg_gradient", "optimizer_step"}
     files = {"save", "load", "load_checkpoint", "new_run_dir", "evaluate_model"}
     assert copies == solver | files | {"stop", "reset", "main"}
 
