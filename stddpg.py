@@ -403,7 +403,7 @@ def stackelberg_gradient(f1, f2, x1, x2, lam, cg_iters, cg_tol, grad2_f2=None):
 
 
 # The actor as leader: the critic's tangent kernel
-def jacobian(q, x):
+def jacobian_factors(q, x):
     """A Q network at its inputs x, [B, n_in] -> Q, [B], and the Jacobian 𝒥 = ∂Q/∂w in factors.
 
     The factors are a pair (A, Δ) for each linear layer, its inputs and ∂Q/∂(its outputs), [B, width] each: row i of 𝒥
@@ -521,7 +521,7 @@ def actor_leads(actor, critic, target_critic, batch, lam, args):
     y = td_target(actor, target_critic, batch, args.gamma)
     with torch.no_grad():
         x, x_pi = torch.cat([batch.obs, batch.actions], dim=-1), torch.cat([batch.obs, actions], dim=-1)
-        q_all, J = jacobian(critic.q1, torch.cat([x, x_pi]))
+        q_all, J = jacobian_factors(critic.q1, torch.cat([x, x_pi]))
         q, q_pi = q_all.chunk(2)
         f1_q, f2_q = torch.full_like(q, -1 / B), 2 / B * (q - y)
         f1_actions = f1_q[:, None] * (J[0][1][B:] @ critic.q1[0].weight[:, -actions.shape[1] :])

@@ -429,7 +429,7 @@ def stackelberg_gradient(f1, f2, x1, x2, lam, cg_iters, cg_tol, grad2_f2=None):
 
 
 # The actor as leader: the critic's tangent kernel
-def jacobian(q, x):
+def jacobian_factors(q, x):
     """A Q network at its inputs x, [B, n_in] -> Q, [B], and the Jacobian 𝒥 = ∂Q/∂w in factors.
 
     The factors are a pair (A, Δ) for each linear layer, its inputs and ∂Q/∂(its outputs), [B, width] each: row i of 𝒥
@@ -548,7 +548,7 @@ def actor_leads(actor, critic, target_critic, batch, alpha, lam, args):
     with torch.no_grad():
         x, x_pi = torch.cat([batch.obs, batch.actions], dim=-1), torch.cat([batch.obs, actions], dim=-1)
         qs, x = [critic.q1, critic.q2], torch.cat([x, x_pi])
-        (q1, q2), Js = zip(*(jacobian(q, x) for q in qs))
+        (q1, q2), Js = zip(*(jacobian_factors(q, x) for q in qs))
         f1_q1 = -(q1[B:] <= q2[B:]).to(q1.dtype) / B  # J has the smaller of the two
         f1_q = [f1_q1, -1 / B - f1_q1]
         f2_q = [2 / B * (q[:B] - y) for q in (q1, q2)]
