@@ -367,7 +367,7 @@ def test_lam_decay_and_fresh_batches_reach_the_update(here, script, monkeypatch)
     seen, update = [], script.stackelberg_update
 
     def recording(nets, optimizers, batches, *rest):
-        seen.append((batches, rest[-2]))
+        seen.append((batches, rest[-3]))
         return update(nets, optimizers, batches, *rest)
 
     monkeypatch.setattr(script, "stackelberg_update", recording)
