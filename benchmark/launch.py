@@ -172,6 +172,7 @@ def make(runs, workers):
                     if command := remaining(run):
                         running[run] = start(command, log), log
                     else:
+                        messages += [f"finished elsewhere: {run.name}"] * (run.name not in progress.ended)
                         progress.ended.add(run.name)
                         log.close()
             progress.show(len(running), "\n".join(messages))
