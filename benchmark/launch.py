@@ -103,6 +103,8 @@ def lock(run):
     except BlockingIOError:
         log.close()
         return None
+    except OSError as e:  # some network file systems have no locks
+        stop(f"cannot lock {log_file(run)}: {e.strerror}")
     return log
 
 
@@ -134,7 +136,7 @@ class Progress:
     def show(self, running, message=""):
         """Prints the message, if any, and brings the line up to date if it is time to."""
         now, live = time.monotonic(), sys.stdout.isatty()
-        if not message and now - self.last < (2 if live else 600):
+        if not message and now - self.last < (10 if live else 600):
             return
         self.last, done, total = now, self.done(), sum(run.steps for run in self.runs)
         share = f"{len(self.ended)}/{len(self.runs)} runs finished, {running} running here"
