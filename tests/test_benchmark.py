@@ -178,7 +178,7 @@ folder = pathlib.Path(f"runs/{args['--env-id']}__{args['--exp-name']}__{args['--
 folder.mkdir(parents=True)
 (folder / "checkpoint.pt").touch()
 if args["--env-id"] == "Slow":
-    time.sleep(100)
+    time.sleep(1000)
 if args["--env-id"] == "Bad":
     sys.exit("no such environment")
 shutil.copy("finished.pt", folder / "model.pt")
@@ -331,7 +331,7 @@ def test_which_runs_count(here, capsys):
     assert "not finished: runs/Hopper-v4__ddpg__2__1 (step 20 of 1,000)" in err
     assert "more than one run of ddpg, Hopper-v4, seed 3" in err and "no returns yet: runs/Hopper-v4__ddpg__4" in err
     runs, err = read(capsys, unfinished=True)
-    assert [run.seed for run in runs] == [1, 2, 3] and "not finished" not in err
+    assert [(run.seed, len(run.steps)) for run in runs] == [(1, 3), (2, 2), (3, 2)] and "not finished" not in err
 
 
 def test_runs_of_one_name_with_unequal_flags(here, capsys):
@@ -373,8 +373,8 @@ def test_probability_of_improvement():
 
 
 def test_scores():
-    steps, returns = np.array([10, 20, 40]), np.array([[0.0, 10, 0], [5, 5, 5]])
-    assert list(plot.area_under_curve(steps, returns)) == [(50 + 100) / 30, 5]  # intervals of unequal length
+    steps, returns = np.array([10, 20, 40]), np.array([[0.0, 10, 4], [5, 5, 5]])
+    assert list(plot.area_under_curve(steps, returns)) == [(50 + 140) / 30, 5]  # intervals of unequal length
     assert list(plot.area_under_curve(steps[:1], returns[:, :1])) == [0, 5]
     steps = np.arange(1, 101)
     assert plot.final_score(steps, np.array([steps]))[0] == np.mean(range(91, 101))
@@ -413,7 +413,7 @@ def test_the_bootstrap_draws_within_each_task():
 
 
 def fake(experiment, seed, steps, returns, environment="E-v0", **flags):
-    flags = {"leader": "none", "policy_lr": "0.1", "lam": "0", **flags}
+    flags = {"leader": "none", "policy_lr": "0.1", "gamma": "0.99", "lam": "0", **flags}
     return plot.Run("AC, STAC", environment, experiment, seed, flags, np.array(steps), np.array(returns, float))
 
 
@@ -487,14 +487,14 @@ def test_one_seed_has_no_interval():
     ],
 )
 def test_panels_with_few_seeds_are_marked(ac, stac, expected):
-    panel = {"ac": [fake("ac", i, [1000, 2000], [i, i]) for i in range(ac)]}
+    panel = {"ac": [fake("ac", i, [1000, 2000], [i**2, i]) for i in range(ac)]}
     panel["stac"] = [fake("stac", i, [1000, 2000], [i, 2 * i]) for i in range(stac)]
     figure, axes = plt.subplots()
     plot.draw_panel(axes, "E-v0", panel, {"ac": "r", "stac": "b"}, 1, np.random.default_rng(0))
     (text,) = axes.texts
     assert text.get_text() == expected
     assert (text.get_bbox_patch().get_facecolor()[3] > 0) == ("fewer" in expected)
-    assert [list(line.get_ydata()) for line in axes.lines][0] == [np.mean(range(ac))] * 2
+    assert list(axes.lines[0].get_ydata()) == [np.mean([i**2 for i in range(ac)]), np.mean(range(ac))]
     plt.close(figure)
 
 
