@@ -30,7 +30,7 @@ def slurm():
 
 
 def wait_for(condition, what):
-    deadline = time.time() + 100
+    deadline = time.time() + 300
     while not condition():
         assert time.time() < deadline, what()
         time.sleep(0.1)
