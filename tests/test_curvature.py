@@ -680,7 +680,7 @@ class TestFlags:
     def test_refused(self, script, line, reason, tmp_path, monkeypatch, capsys):
         """Gauss-Newton where there is none, or where it is not invertible."""
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", [script.__file__, *line])
+        monkeypatch.setattr(sys, "argv", [script.__file__, *line, "--total-timesteps", "1"])
         with pytest.raises(SystemExit) as error:
             script.main()
         message = capsys.readouterr().err
