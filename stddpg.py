@@ -497,13 +497,17 @@ def target_weights(qs, Js, f1_q, f2_q, lam, args):
         return torch.cat([hessian_vector_product(q, J, c, u) for q, J, c, u in parts]) + lam * v
 
     preconditioner = None
-    if args.precondition and args.lam > 0:
-        solvers = [ridge_solver(tangent_kernel(J, J), lam) for J in Js]
+    if args.precondition:
+        kernels = [tangent_kernel(J, J) for J in Js]
+        # (r - fit)/λ is a difference of close numbers: with a λ below this bound it would be rounding alone
+        bound = torch.finfo(grad2_f1.dtype).eps ** (2 / 3) * 2 / B * sum(K.trace() for K in kernels)
+        damping = bound.clamp(min=lam)
+        solvers = [ridge_solver(K, damping) for K in kernels]
 
         def preconditioner(r):
             """((2/B)𝒥ᵀ𝒥 + λI)⁻¹ r = (r - 𝒥ᵀ(K + (λB/2) I)⁻¹𝒥r)/λ for each Q network."""
             fits = [flatten(vjp(J, solve(jvp(J, u)))) for J, solve, u in zip(Js, solvers, r.chunk(len(Js)))]
-            return (r - torch.cat(fits)) / lam
+            return (r - torch.cat(fits)) / damping
 
     v, info = conjugate_gradient(damped_hessian, grad2_f1, args.cg_iters, args.cg_tol, preconditioner)
     return 2 / B * sum(jvp(J, u) for J, u in zip(Js, v.chunk(len(Js)))), info

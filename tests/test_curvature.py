@@ -450,10 +450,13 @@ class TestSingle:
         assert relative_error(gradient, expected_gradient) < tolerance
 
     @pytest.mark.parametrize("lam", [0.02, 1e-6, 1e-12, 1e-20, 1e-30])
-    def test_hessian_with_a_decayed_lam_is_finite(self, leads, lam):
-        """(r - 𝒥ᵀ(K + λB/2)⁻¹𝒥r)/λ cancels and then divides by λ: whatever comes out is finite."""
+    def test_hessian_with_a_decayed_lam(self, leads, lam):
+        """(r - 𝒥ᵀ(K + λB/2)⁻¹𝒥r)/λ cancels and then divides by λ: without a bound on λ it is rounding alone, 10 to
+        1e5 times too large, and what conjugate gradient falls back to at negative curvature (H is indefinite here)."""
         (weights, gradient), _, _ = leads(lam)
+        (gauss_newton, _), _, _ = leads(500.0, curvature="gauss-newton")
         assert weights.isfinite().all() and gradient.isfinite().all()
+        assert weights.norm() < 1.2 * gauss_newton.norm()
 
 
 def preconditioned(A, b, M, max_iters=100, tol=1e-12, matvec=None):
@@ -698,11 +701,13 @@ class TestFlags:
         runs = [run_args(script, leader="none", curvature=curvature) for curvature in ("hessian", "gauss-newton")]
         assert_same_weights(*(script.train(run) for run in runs))
 
-    def test_without_lam_there_is_no_preconditioner(self, script, monkeypatch):
-        """λ = 0: the Gauss-Newton matrix of a batch is singular, so it cannot precondition."""
+    def test_preconditioner_without_lam(self, script, monkeypatch):
+        """λ = 0: the Gauss-Newton matrix of a batch is singular, but the preconditioner's damping has a lower bound."""
         calls = record(monkeypatch, script, "conjugate_gradient")
-        *_, grad_theta, _, _ = Game(script).actor_leads(0.0, lam=0.0, cg_iters=5)
-        assert calls[0][0][4] is None and vector(grad_theta).isfinite().all()
+        *_, grad_theta, _, info = Game(script).actor_leads(0.0, lam=0.0, cg_iters=5)
+        (_, b, _, _, preconditioner), _ = calls[0]
+        assert (preconditioner(b) @ b).item() > 0
+        assert vector(grad_theta).isfinite().all() and info["residual"].isfinite()
 
 
 def test_resumes(script, tmp_path, monkeypatch):
