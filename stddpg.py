@@ -470,7 +470,7 @@ def tangent_kernel(J1, J2):
 def ridge_solver(K, lam):
     """c -> (K + (λB/2) I)⁻¹ c, [B]: positive definite for every λ > 0, so it cannot break down."""
     rounding = torch.finfo(K.dtype).eps * K.trace()  # K's own; a smaller λ would leave K indefinite
-    K = K.double()
+    K = K.to(torch.float64, copy=True)
     K.diagonal().add_(len(K) / 2 * lam + rounding)
     L, _ = torch.linalg.cholesky_ex(K)  # checks nothing, so that a GPU need not wait
     return lambda c: torch.cholesky_solve(c.double()[:, None], L)[:, 0].to(c.dtype)
@@ -551,7 +551,7 @@ def player_gradients(actor, critic, target_critic, policy, batch, lam, args):
         grad_w, info = stackelberg_gradient(f_critic, f_actor, w, theta, lam, args.cg_iters, args.cg_tol, grad_theta)
     else:
         grad_w = grad(f_critic, w)
-    return f_actor.detach(), f_critic.detach(), grad_theta, grad_w, info
+    return f_actor.detach(), f_critic.detach(), [g.detach() for g in grad_theta], grad_w, info
 
 
 # Update
