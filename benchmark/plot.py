@@ -38,11 +38,12 @@ FAMILIES = {
     "DDPG, STDDPG": ("exploration_noise", "eval/episodic_return", "evaluation return"),
     "SAC, STSAC": ("alpha", "eval/episodic_return", "evaluation return"),
 }
-# flags of the game, which a Stackelberg version and its plain one may have differently; flags that change no result
-GAME = set("leader curvature lam lam_decay start_states cg_iters cg_tol".split())
+# flags of the game, which a Stackelberg version and its plain one may have differently; flags that change no result but
+# for rounding
+GAME = set("leader curvature precondition lam lam_decay start_states cg_iters cg_tol".split())
 NEUTRAL = set(
     "exp_name seed total_timesteps resume evaluate eval_every eval_episodes checkpoint_every save_model cuda "
-    "num_threads torch_deterministic track wandb_project_name wandb_entity capture_video".split()
+    "num_threads compile torch_deterministic track wandb_project_name wandb_entity capture_video".split()
 )
 COLOURS = {
     **{"ac-m1": "#7fb2e5", "ac-m80": "#1f5fa8", "stac-al-m1": "#f0908c", "stac-al-m80": "#b8171c"},

@@ -1,6 +1,7 @@
 """benchmark/: the launchers on tiny runs that are killed and carried on, and plot.py against numbers known by hand."""
 
 import csv
+import dataclasses
 import itertools
 import os
 import re
@@ -430,6 +431,15 @@ def test_the_plain_version_has_the_same_other_flags():
     panel = {name: [fake(name, 1, [1], [1], **flags)] for name, flags in names.items()}
     found = {name: plot.plain(panel[name][0], panel) for name in names if "st" in name}
     assert found == {"stac": "ac", "stac-2x": "ac-2x", "stac-3x": None}
+
+
+@pytest.mark.parametrize("script", [stac_ac, stddpg, stsac])
+def test_the_flags_that_plain_versions_may_have_differently(script):
+    """All of the game's, and those that no result hangs on: the ones that may change when a run is carried on."""
+    fields = [field.name for field in dataclasses.fields(script.Args)]
+    game = set(fields[fields.index("leader") :]) - {"unroll"}  # `none` takes m follower steps, too
+    assert plot.GAME & set(fields) == game
+    assert plot.NEUTRAL & set(fields) == script.CHANGEABLE | {"exp_name", "seed"}
 
 
 def test_smoothing():
