@@ -15,6 +15,7 @@ A run counts if it is finished, that is, has a model.pt; the others are named an
 """
 
 import csv
+import logging
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+
+logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of every run that was carried on
 
 FEW = 5  # fewer seeds than these are marked
 LEVEL = 95  # per cent
