@@ -5,28 +5,27 @@
 """Stackelberg actor-critic (STAC) and plain on-policy actor-critic in one file.
 
 Zheng, Fiez, Alumbaugh, Chasnov, Ratliff: Stackelberg Actor-Critic: Game-Theoretic Reinforcement Learning Algorithms,
-2021. Numbers in parentheses are the paper's equations. Every player minimises a cost: the actor (parameters θ), which
-leads, -J(θ, w), the critic (parameters w), which follows, L(θ, w). The actor follows the total derivative of its cost
-through the critic's best response; everything else is vanilla actor-critic, with Spinning Up's conventions.
+2021. Numbers in parentheses are its equations. The actor (θ) minimises -J(θ, w), the critic (w) L(θ, w), and the actor
+follows the total derivative of its cost through the critic's best response. Everything else is vanilla actor-critic,
+with Spinning Up's conventions.
 
-    python stac_ac.py --env-id CartPole-v1 --leader actor --lam 0 --unroll 80     # STAC; λ as in the paper: here 0,
-    python stac_ac.py --env-id Hopper-v4 --leader actor --unroll 80               # elsewhere 500
-    python stac_ac.py --env-id Hopper-v4 --leader none --unroll 80                # vanilla actor-critic
+    python stac_ac.py --env-id CartPole-v1 --leader actor --lam 0 --unroll 80     # STAC; none: vanilla actor-critic
+    python stac_ac.py --env-id Hopper-v4 --leader actor --lam 500 --unroll 80
     python stac_ac.py --resume runs/Hopper-v4__stac-al__1__1700000000
     python stac_ac.py --evaluate runs/Hopper-v4__stac-al__1__1700000000/model.pt
 """
 
-import difflib
+import copy
 import math
 import os
-import random
 import re
 import sys
 import time
 import warnings
-from dataclasses import asdict, dataclass
+from collections import namedtuple
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import gymnasium as gym
 import numpy as np
@@ -49,8 +48,6 @@ class Args:
     """the value of `torch.backends.cudnn.deterministic`"""
     cuda: bool = True
     """if toggled, cuda will be enabled where there is one (for the updates; the policy acts on the CPU)"""
-    num_threads: int = 1
-    """CPU threads of this run; more only pay where cores are idle"""
     track: bool = False
     """if toggled, this experiment will be tracked with Weights and Biases"""
     wandb_project_name: str = "stackelberg-actor-critic"
@@ -119,87 +116,57 @@ def stop(message, code=2):
 
 def check_args(args):
     """Refuses values that no run can have."""
-    for name in "unroll cg_iters num_steps total_timesteps eval_episodes checkpoint_every num_threads".split():
-        if getattr(args, name) < 1:
-            stop(f"--{name.replace('_', '-')} must be at least 1")
-    for ok, message in [
-        (0 <= args.seed < 2**32, "--seed must be in [0, 2^32)"),
-        (0 <= args.lam < math.inf, "--lam must be finite and at least 0 (λ → ∞ is --leader none)"),
-        (args.lam_decay is None or args.lam_decay > 0, "--lam-decay must be positive"),
-        (0 <= args.cg_tol < 1, "--cg-tol must be in [0, 1)"),
-        (args.num_steps <= args.total_timesteps, "--num-steps must not be larger than --total-timesteps"),
-        (0 <= args.gamma <= 1, "--gamma must be in [0, 1]"),
-        (0 <= args.gae_lambda <= 1, "--gae-lambda must be in [0, 1]"),
-        (args.policy_lr >= 0 and args.critic_lr >= 0, "--policy-lr and --critic-lr must be at least 0"),
-        (args.grad_noise >= 0, "--grad-noise must be at least 0"),
-        (all(width >= 1 for width in args.hidden), "--hidden must be positive layer widths"),
-        (not args.capture_video or args.evaluate, "--capture-video needs --evaluate"),
-    ]:
-        if not ok:
-            stop(message)
+    positive = "hidden unroll cg_iters num_steps lam_decay total_timesteps eval_episodes checkpoint_every"
+    for name, value in vars(args).items():
+        least, most = int(name in positive.split()), sys.float_info.max
+        most = 1 if name in ("gamma", "gae_lambda", "cg_tol") else most
+        if isinstance(value, (int, float, tuple)) and not all(least <= x <= most for x in np.atleast_1d(value)):
+            stop(f"--{name.replace('_', '-')} {value} is not in [{least}, {most:g}]")
+    if args.num_steps > args.total_timesteps:
+        stop("--num-steps must not be larger than --total-timesteps")
+    if args.capture_video and not args.evaluate:
+        stop("--capture-video needs --evaluate")
 
 
 # Environment
-def make_env(env_id, capture_video=False):
-    """One environment with flat observations, and actions 0, 1, ... or in a Box; stops if it does not suit."""
+def make_env(env_id, video_folder=None, video_every=1):
+    """One environment with flat observations, actions 0, 1, ... or in a Box, and the statistics of its episodes."""
     # v4 ids are the paper's tasks; their deprecation is known and is the one warning that is silenced
     warnings.filterwarnings("ignore", r".*The environment \S+ is out of date", DeprecationWarning)
-    try:
-        env = gym.make(env_id, **({"render_mode": "rgb_array"} if capture_video else {}))
-    except gym.error.UnregisteredEnv:
-        near = difflib.get_close_matches(env_id, gym.registry, n=5)
-        stop(f"unknown environment {env_id!r}" + (f"; near matches: {', '.join(near)}" if near else ""))
-    except Exception as e:  # whatever a third party's constructor raises
-        stop(f"cannot make environment {env_id!r}: {' '.join(str(e).split())}")
-    if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
-        env = gym.wrappers.FlattenObservation(env)
-    if not isinstance(env.observation_space, gym.spaces.Box):
-        stop(f"{env_id} has observations of no fixed size")
-    space = env.action_space
-    if isinstance(space, gym.spaces.Discrete):
-        first, actions = int(space.start), gym.spaces.Discrete(space.n)
-        env = gym.wrappers.TransformAction(env, lambda a: a + first, actions) if first else env
-    elif not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-        stop(f"{env_id} has the action space {space}; a Discrete or a one-dimensional Box is needed")
-    if capture_video:
-        try:
-            import moviepy  # noqa: F401, what RecordVideo needs
-
-            env.reset()
-            env.render()
-        except Exception as e:  # every rendering backend has its own errors
-            stop(
-                "cannot record videos: install moviepy (pip install moviepy) and OpenGL (on Debian: apt install "
-                f"libegl1, then MUJOCO_GL=egl, or libosmesa6, then MUJOCO_GL=osmesa): {' '.join(str(e).split())}"
-            )
+    render = {"render_mode": "rgb_array"} if video_folder else {}  # not all environments know a render_mode
+    env = gym.wrappers.FlattenObservation(gym.make(env_id, **render))
+    spaces = env.observation_space, env.action_space
+    if isinstance(spaces[1], gym.spaces.Discrete):
+        env = gym.wrappers.TransformAction(env, lambda a: a + spaces[1].start, gym.spaces.Discrete(spaces[1].n))
+    elif isinstance(spaces[1], gym.spaces.Box):
+        env = gym.wrappers.ClipAction(env)  # a Gaussian has no bounds, a Box has
+    if not isinstance(spaces[0], gym.spaces.Box) or env.action_space is spaces[1]:
+        stop(f"{env_id} needs observations of a fixed size and Discrete or Box actions, not {spaces}")
+    if video_folder:
+        env = gym.wrappers.RecordVideo(env, str(video_folder), lambda episode: episode % video_every == 0)
     return gym.wrappers.RecordEpisodeStatistics(env)
 
 
 def reset(env, *key):
-    """Starts an episode with randomness that depends on `key` (integers) alone; returns the observation.
-
-    All that is random outside torch is seeded anew for each episode. So a checkpoint between two episodes has nothing
-    of the simulator to save.
-    """
-    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
-    random.seed(seed)
-    np.random.seed(seed)
-    obs, _ = env.reset(seed=seed)
-    return np.array(obs)
-
-
-def clip(action, space):
-    """What the environment gets for a policy's action: a Gaussian has no bounds, a Box has."""
-    return np.minimum(np.maximum(action, space.low), space.high) if isinstance(space, gym.spaces.Box) else action
+    """Starts an episode whose randomness depends on `key` alone: between two there is no simulator state to save."""
+    obs, _ = env.reset(seed=int(np.random.SeedSequence(key).generate_state(1)[0]))
+    return np.array(obs)  # a copy: some environments change their array in place
 
 
 # Networks
 def mlp(*sizes):
     """Linear layers of the given sizes with tanh between them."""
-    layers = []
-    for n_in, n_out in zip(sizes[:-1], sizes[1:]):
-        layers += [nn.Linear(n_in, n_out), nn.Tanh()]
+    layers = [layer for n in zip(sizes[:-1], sizes[1:]) for layer in (nn.Linear(*n), nn.Tanh())]
     return nn.Sequential(*layers[:-1])
+
+
+def numpy_layer(layer):
+    """A layer as a function of a numpy vector, ten times as fast as torch; one that is not known here runs in torch."""
+    layer = copy.deepcopy(layer).cpu().requires_grad_(False)
+    if isinstance(layer, nn.Linear):
+        weight, bias = np.ascontiguousarray(layer.weight.numpy().T), layer.bias.numpy()
+        return lambda x: x.dot(weight) + bias
+    return np.tanh if isinstance(layer, nn.Tanh) else lambda x: layer(torch.from_numpy(x)).numpy()
 
 
 class Actor(nn.Module):
@@ -220,33 +187,28 @@ class Actor(nn.Module):
         mean = self.net(obs)
         return Independent(Normal(mean, self.log_std.exp().expand_as(mean), validate_args=False), 1)
 
-    def mode(self, obs):
-        """The deterministic policy of the evaluation."""
-        return self.net(obs).argmax(-1) if self.discrete else self.net(obs)
-
     def sampler(self, num_steps):
         """The policy as a numpy function (obs [obs_dim], t) -> a ~ π_θ(·|s), for t < num_steps; θ is that of now.
 
-        On one observation torch takes ten times as long as numpy. What is random is drawn here, all at once: a
-        Gaussian's noise, and for a Categorical Gumbel's, whose argmax with the logits is a sample.
+        What is random is drawn here, all at once: a Gaussian's noise, and for a Categorical Gumbel's, whose argmax with
+        the logits is a sample.
         """
-        weights = [np.ascontiguousarray(layer.weight.detach().cpu().numpy().T) for layer in self.net[::2]]
-        biases = [layer.bias.detach().cpu().numpy() for layer in self.net[::2]]
-        hidden, weight_out, bias_out = list(zip(weights[:-1], biases)), weights[-1], biases[-1]
-        shape = num_steps, len(bias_out)
-        noise = -torch.empty(shape).exponential_().log() if self.discrete else torch.randn(shape) * self.std()
-        noise = noise.numpy() + bias_out
+        layers = [numpy_layer(layer) for layer in self.net[:-1]]
+        weight, bias = (p.detach().cpu().numpy() for p in self.net[-1].parameters())
+        weight, shape = np.ascontiguousarray(weight.T), (num_steps, len(bias))
+        if self.discrete:
+            noise = -torch.empty(shape).exponential_().log()
+        else:
+            noise = torch.randn(shape) * self.log_std.detach().exp().cpu()
+        noise = noise.numpy() + bias
 
         def sample(x, t):
-            for weight, bias in hidden:
-                x = np.tanh(x.dot(weight) + bias)
-            x = x.dot(weight_out) + noise[t]
+            for layer in layers:
+                x = layer(x)
+            x = x.dot(weight) + noise[t]
             return x.argmax() if self.discrete else x
 
         return sample
-
-    def std(self):
-        return self.log_std.detach().exp().cpu()
 
 
 class Critic(nn.Module):
@@ -278,19 +240,9 @@ class QCritic(nn.Module):
 
 
 # Batch collection
-class Rollout(NamedTuple):
-    """A batch of trajectories, one after the other: tensors, first axis N.
-
-    trajectory: the number of the trajectory that a step belongs to. A trajectory whose last step is not terminated
-    was cut: by a time limit, or by the end of the batch.
-    """
-
-    obs: torch.Tensor
-    actions: torch.Tensor
-    rewards: torch.Tensor
-    next_obs: torch.Tensor
-    terminated: torch.Tensor
-    trajectory: torch.Tensor
+# Trajectories, one after the other: tensors, first axis N. trajectory: the number of the one that a step belongs to.
+# One whose last step is not terminated was cut: by a time limit, or by the end of the batch.
+Rollout = namedtuple("Rollout", "obs actions rewards next_obs terminated trajectory")
 
 
 def collect(env, actor, num_steps, seed, start):
@@ -306,13 +258,11 @@ def collect(env, actor, num_steps, seed, start):
     actions, trajectory, episodes, number, done = [], np.empty(num_steps, np.int64), [], 0, True
     for t in range(num_steps):
         obs[t] = reset(env, seed, 0, start + t) if done else next_obs[t - 1]
-        action = policy(obs[t], t)
-        next_obs[t], reward, terminated[t], truncated, info = env.step(clip(action, env.action_space))
-        if not math.isfinite(next_obs[t].dot(next_obs[t]) + reward):  # several times as fast as np.isfinite
-            message = "the environment returned an observation or a reward that is not finite"
-            raise FloatingPointError(f"step {start + t + 1}: {message}")
-        actions.append(action)
-        rewards[t], trajectory[t] = reward, number
+        actions.append(policy(obs[t], t))
+        next_obs[t], rewards[t], terminated[t], truncated, info = env.step(actions[-1])
+        if not math.isfinite(next_obs[t].dot(next_obs[t]) + rewards[t]):  # several times as fast as np.isfinite
+            stop(f"step {start + t + 1}: an observation or the reward is not finite (in float32)", 1)
+        trajectory[t] = number
         done = terminated[t] or truncated
         if done:
             episodes.append((start + t + 1, info["episode"]["r"], info["episode"]["l"]))
@@ -344,12 +294,9 @@ def state_values(actor, critic, obs):
     return torch.stack([critic(obs, actor(obs).sample()) for _ in range(10)]).mean(0)
 
 
-class Estimates(NamedTuple):
-    """What is estimated from a batch at (θ_k, w_k), constants for both players: [N] each."""
-
-    returns: torch.Tensor  # Monte Carlo: of V^π(s) and of Q^π(s, a); the critic's targets
-    mc_advantages: torch.Tensor  # of Q^π(s, a) less the baseline V_w(s): for L
-    advantages: torch.Tensor  # less the same baseline: for J
+# Constants for both players at (θ_k, w_k), [N] each: Monte Carlo returns of V^π(s) and Q^π(s, a), the critic's targets;
+# Monte Carlo advantages (less the baseline V_w(s)) for L; advantages for J
+Estimates = namedtuple("Estimates", "returns mc_advantages advantages")
 
 
 @torch.no_grad()
@@ -427,21 +374,14 @@ def critic_surrogate(critic, batch, score, returns, mc_advantages, gamma, start_
 
 # Solver
 def conjugate_gradient(matvec, b, max_iters, tol, preconditioner=None):
-    """Solves Ax = b for a symmetric A by conjugate gradient, from x = 0.
-
-    matvec: v -> Av; b: [n]; preconditioner: r -> an approximation of A⁻¹r, symmetric positive definite.
-    Stops at ‖b - Ax‖ ≤ tol ‖b‖. At pᵀAp ≤ 0 (to rounding: A is not positive definite) or at the first number that is
-    not finite it keeps the last good x, 0 if there is none: x is finite whatever A and b are. With a preconditioner M
-    the x returned is never worse than Mb: that is what it falls back to.
-    Returns x and info, tensors on b's device: residual (relative; inf after a number that was not finite), iterations
-    (those that changed x) and negative_curvature.
-    """
+    """x ≈ A⁻¹b, [n], for a symmetric A (matvec: v -> Av) by conjugate gradient from 0, until ‖b - Ax‖ ≤ tol ‖b‖.
+    At pᵀAp ≤ 0 (A is not positive definite) or a number that is not finite it keeps the last good x, and with a
+    preconditioner (r -> Mr, M ≈ A⁻¹) it is never worse than Mb. Info: tensors, the residual relative, inf if broken."""
     eps = torch.finfo(b.dtype).eps
     tol = max(tol, eps)  # the recursion for r goes on shrinking below rounding, where it means nothing
-    x, r, b_norm = torch.zeros_like(b), b, b.norm()
-    p, rz = r, r @ r
+    x, r, p, b_norm = torch.zeros_like(b), b, b, b.norm()
+    rz = max_curvature = iterations = torch.zeros_like(b_norm)
     residual = torch.where(b_norm.isfinite(), (b_norm != 0).to(b.dtype), math.inf)
-    max_curvature, iterations = torch.zeros_like(b_norm), torch.zeros_like(b_norm)
     active = b_norm.isfinite() & (residual > tol)
     negative_curvature = torch.zeros_like(active)
     Mb, Mb_residual = x, torch.full_like(residual, math.inf)
@@ -453,33 +393,27 @@ def conjugate_gradient(matvec, b, max_iters, tol, preconditioner=None):
         rz, rz_old = r @ z, rz
         p = z if k == 0 else z + rz / rz_old * p
         Ap = matvec(p)
-        if k == 0:
+        if k == 0 and preconditioner is not None:
             Mb, Mb_residual = p, (b - Ap).norm() / b_norm
         pAp = p @ Ap
-        curvature = pAp / (p @ p)
+        curvature, alpha = pAp / (p @ p), rz / pAp
         max_curvature = torch.maximum(max_curvature, curvature)
         flat = active & curvature.isfinite() & (curvature <= eps * max_curvature)
-        alpha = rz / pAp
         x_new, r_new = x + alpha * p, r - alpha * Ap
-        finite = (x_new.sum() + r_new.sum()).isfinite()  # ten times as fast as to look at each number
-        good = active & ~flat & finite
-        negative_curvature = negative_curvature | flat
+        good = active & ~flat & (x_new.sum() + r_new.sum()).isfinite()  # sums: faster than to look at each number
+        negative_curvature, iterations = negative_curvature | flat, iterations + good
         x, r = torch.where(good, x_new, x), torch.where(good, r_new, r)
         residual = torch.where(good, r.norm() / b_norm, torch.where(active & ~flat, math.inf, residual))
-        iterations = iterations + good
         active = good & (residual > tol)
-    if preconditioner is not None:
-        fallback = (residual + Mb_residual).isfinite() & ((residual > Mb_residual) | (iterations == 0))
-        x, residual = torch.where(fallback, Mb, x), torch.where(fallback, Mb_residual, residual)
+    worse = (residual + Mb_residual).isfinite() & ((residual > Mb_residual) | (iterations == 0))
+    x, residual = torch.where(worse, Mb, x), torch.where(worse, Mb_residual, residual)
     return x, {"residual": residual, "iterations": iterations, "negative_curvature": negative_curvature}
 
 
 # Stackelberg gradient
-def grad(outputs, inputs, grad_outputs=None, create_graph=False):
+def grad(outputs, inputs, grad_outputs=None, **kwargs):
     """`torch.autograd.grad` on a graph that is kept; an input that does not matter gets zeros."""
-    return torch.autograd.grad(
-        outputs, inputs, grad_outputs, retain_graph=True, create_graph=create_graph, materialize_grads=True
-    )
+    return torch.autograd.grad(outputs, inputs, grad_outputs, retain_graph=True, materialize_grads=True, **kwargs)
 
 
 def flatten(tensors):
@@ -487,24 +421,18 @@ def flatten(tensors):
     return torch.cat([t.reshape(-1) for t in tensors])
 
 
-def term_sizes(direct, implicit):
-    """Norms of the leader's direct and implicit term, and the cosine between the two."""
+def total_derivative(direct, implicit):
+    """The sum of both terms, a list of tensors, and info: their norms and the cosine between them."""
     d, i = flatten(direct), flatten(implicit)
     d_norm, i_norm = d.norm(), i.norm()
     cosine = d @ i / (d_norm * i_norm).clamp(min=torch.finfo(d.dtype).tiny)
-    return {"direct_norm": d_norm, "implicit_norm": i_norm, "cosine": cosine}
+    return [a + b for a, b in zip(direct, implicit)], dict(direct_norm=d_norm, implicit_norm=i_norm, cosine=cosine)
 
 
-def stackelberg_gradient(f1, f2, x1, x2, lam, cg_iters, cg_tol, grad2_f2=None):
-    """The leader's total derivative, (15) and (16) with the regularization of Section 4.5:
-
-        ∇₁f1 - (∇₂₁f2)ᵀ (∇₂²f2 + λI)⁻¹ ∇₂f1
-
+def stackelberg_gradient(f1, f2, x1, x2, lam, cg_iters, cg_tol, grad2_f2=None, preconditioner=None):
+    """The leader's total derivative ∇₁f1 - (∇₂₁f2)ᵀ (∇₂²f2 + λI)⁻¹ ∇₂f1: (15), (16), regularized as in Section 4.5.
     f1, f2: the leader's and the follower's cost, scalars with their graphs; x1, x2: their lists of parameters;
-    grad2_f2: ∇₂f2 with its graph (create_graph=True), if the caller has it already.
-    Returns a list of tensors like x1, and info: the solver's, and the norms of the direct term ∇₁f1 and of the
-    implicit term (all the rest, with its sign), and the cosine between the two.
-    """
+    grad2_f2: ∇₂f2 with its graph, if the caller has it. Returns a list of tensors like x1, and info."""
     grads = grad(f1, [*x1, *x2])
     direct, grad2_f1 = grads[: len(x1)], flatten(grads[len(x1) :])
     grad2_f2 = flatten(grad(f2, x2, create_graph=True) if grad2_f2 is None else grad2_f2)
@@ -512,15 +440,15 @@ def stackelberg_gradient(f1, f2, x1, x2, lam, cg_iters, cg_tol, grad2_f2=None):
     def damped_hessian(v):
         return flatten(grad(grad2_f2, x2, v)) + lam * v
 
-    v, info = conjugate_gradient(damped_hessian, grad2_f1, cg_iters, cg_tol)
-    implicit = grad(grad2_f2, x1, -v)
-    return [a + b for a, b in zip(direct, implicit)], info | term_sizes(direct, implicit)
+    v, solver_info = conjugate_gradient(damped_hessian, grad2_f1, cg_iters, cg_tol, preconditioner)
+    total, info = total_derivative(direct, grad(grad2_f2, x1, -v))
+    return total, solver_info | info
 
 
 # Update
-def optimizer_step(optimizer, params, grads):
+def optimizer_step(optimizer, grads):
     """One optimizer step along given gradients."""
-    for p, g in zip(params, grads):
+    for p, g in zip(optimizer.param_groups[0]["params"], grads):
         p.grad = g.detach()
     optimizer.step()
 
@@ -551,250 +479,157 @@ def stackelberg_update(actor, critic, actor_optimizer, critic_optimizer, batch, 
         grad1, info = stackelberg_gradient(f1, f2, theta, w, lam, args.cg_iters, args.cg_tol, grad2)
     # critical: advantages keep their unit until here, or the direct term would be scaled and the implicit one not
     grad1 = [g / std for g in grad1]
-    optimizer_step(critic_optimizer, w, with_noise(grad2, args.grad_noise))
+    optimizer_step(critic_optimizer, with_noise(grad2, args.grad_noise))
     for _ in range(args.unroll - 1):
-        optimizer_step(critic_optimizer, w, with_noise(grad(critic_loss(critic, batch, returns), w), args.grad_noise))
-    optimizer_step(actor_optimizer, theta, with_noise(grad1, args.grad_noise))
+        optimizer_step(critic_optimizer, with_noise(grad(critic_loss(critic, batch, returns), w), args.grad_noise))
+    optimizer_step(actor_optimizer, with_noise(grad1, args.grad_noise))
     return f1.detach(), f2.detach(), info
 
 
 # Evaluation
 def evaluate(actor, env, episodes, *key):
     """Undiscounted returns of `episodes` episodes of the most likely action; start states depend on `key` alone."""
-    device, returns = next(actor.parameters()).device, []
+    returns = []
     for episode in range(episodes):
-        obs, done = reset(env, *key, episode), False
-        while not done:
+        obs, info = reset(env, *key, episode), {}
+        while "episode" not in info:
             with torch.no_grad():
-                action = actor.mode(torch.as_tensor(obs, dtype=torch.float32, device=device))
-            obs, _, terminated, truncated, info = env.step(clip(action.cpu().numpy(), env.action_space))
-            done = terminated or truncated
+                action = actor(torch.as_tensor(obs, dtype=torch.float32)).mode
+            obs, _, _, _, info = env.step(action.numpy())
         returns.append(float(info["episode"]["r"]))
     return np.array(returns)
 
 
-def evaluate_model(args):
-    """`--evaluate PATH`: plays a saved model and prints each episode's return."""
-    check_args(args)
-    torch.set_num_threads(args.num_threads)
-    state = load(args.evaluate, args, "actor")
-    env_id, hidden = state["args"]["env_id"], state["args"]["hidden"]
-    env = make_env(env_id, args.capture_video)
-    try:
-        actor = Actor(env.observation_space, env.action_space, hidden)
-        actor.load_state_dict(state["actor"])
-    except Exception as e:  # a file can hold anything
-        stop(f"{args.evaluate} holds no actor for {env_id} ({type(e).__name__})")
-    if args.capture_video:
-        env = gym.wrappers.RecordVideo(env, str(Path(args.evaluate).parent / "evaluate"), lambda e: e == 0)
-    returns = evaluate(actor, env, args.eval_episodes, args.seed, 2)
-    env.close()
-    for episode, episodic_return in enumerate(returns):
-        print(f"episode {episode + 1}: return {episodic_return:.2f}")
-    print(f"{env_id}: mean return {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes")
-
-
 # Checkpoint
 ALGORITHM = "stac"  # marks the files that this script writes
-CHANGEABLE = set(  # when a run is carried on; all other flags decide which run it is
-    "total_timesteps resume evaluate eval_episodes checkpoint_every save_model cuda num_threads "
-    "torch_deterministic track wandb_project_name wandb_entity capture_video".split()
-)
 
 
 def save(path, **state):
     """Writes `state` to `path` atomically: a kill at any time leaves the old file or the new one."""
-    temporary = Path(f"{path}.tmp")
-    with open(temporary, "wb") as file:
+    with open(f"{path}.tmp", "wb") as file:
         torch.save({"algorithm": ALGORITHM, **state}, file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    os.replace(f"{path}.tmp", path)
 
 
 def load(path, args, *keys):
-    """Reads what `save` wrote: {"algorithm", "args", *keys, ...}. Stops in one line at any other file.
-
-    Never runs code: neither from the file (weights_only) nor by importing a module that only the file names.
-    """
+    """What `save` wrote. Runs no code: neither the file's (weights_only) nor a module's that only the file names."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["algorithm"] != ALGORITHM or not {"args", *keys} <= state.keys():
+        env_id = str(state["args"]["env_id"])
+        if state["algorithm"] != ALGORITHM or state["args"].keys() != vars(args).keys() or not {*keys} <= state.keys():
             raise ValueError
-        env_id, _ = str(state["args"]["env_id"]), state["args"]["hidden"]
-    except OSError as e:
-        stop(f"cannot read {path}: {e.strerror}")
-    except Exception as e:  # a damaged or foreign file can fail in any way
-        stop(f"{path} is damaged or not a {ALGORITHM} file that can be used for this ({type(e).__name__})")
+    except Exception as e:  # a file can hold anything
+        stop(f"{path} is missing, damaged or no {ALGORITHM} file that fits ({type(e).__name__})")
     if ":" in env_id and env_id != args.env_id:
         stop(f"{path} wants a module imported for its environment; to allow that, say --env-id {env_id}")
     return state
 
 
-def load_checkpoint(args):
-    """The checkpoint of the run in the folder `args.resume`."""
-    state = load(Path(args.resume) / "checkpoint.pt", args, "global_step", "rng")
-    if state["args"].keys() != asdict(args).keys():
-        stop(f"cannot resume {args.resume}: it was made by another version of {Path(__file__).name}")
-    return state
-
-
 # Training
-def new_run_dir(args):
-    """Makes the run's own folder runs/{env_id}__{exp_name}__{seed}__{unix time}."""
-    names = {"none": ALGORITHM.removeprefix("st"), "actor": f"{ALGORITHM}-al", "critic": f"{ALGORITHM}-cl"}
-    exp_name = args.exp_name or names[args.leader]
-    now = int(time.time())
-    while True:
-        try:
-            name = f"{args.env_id}__{exp_name}__{args.seed}__{now}"
-            run_dir = Path("runs") / re.sub(r"[^\w.-]", "-", name)
-            run_dir.mkdir(parents=True)
-            return run_dir
-        except FileExistsError:  # of a run that started in the same second
-            now += 1
-
-
 def train(args):
     """What the command line calls: trains (or carries on) one run and returns its folder."""
-    check_args(args)
-    if args.resume:
-        state = load_checkpoint(args)
-        for name, value in asdict(args).items():
-            if name not in CHANGEABLE and state["args"][name] != value:
-                stop(f"cannot resume {args.resume}: its {name} is {state['args'][name]!r}, not {value!r}")
-    torch.set_num_threads(args.num_threads)
+    torch.set_num_threads(1)  # networks of this size hardly gain by more, and runs side by side lose
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
-    if args.track:
-        try:
-            import wandb
-        except ImportError:
-            stop("--track needs Weights and Biases: pip install wandb")
-
     env = make_env(args.env_id)
     spaces = env.observation_space, env.action_space
     actor = Actor(*spaces, args.hidden).to(device)
     critic = (Critic(spaces[0], args.hidden) if args.critic == "v" else QCritic(*spaces, args.hidden)).to(device)
-    actor_optimizer = torch.optim.SGD(actor.parameters(), lr=args.policy_lr)
-    critic_optimizer = torch.optim.SGD(critic.parameters(), lr=args.critic_lr)
-    parts = {"actor": actor, "critic": critic}  # plain gradient descent has no state
+    players = (actor, args.policy_lr), (critic, args.critic_lr)
+    optimizers = [torch.optim.SGD(x.parameters(), lr=lr) for x, lr in players]  # they have no state to be saved
+    exp_name = args.exp_name or {"none": "ac", "actor": "stac-al"}[args.leader]
+    run_name = re.sub(r"[^\w.-]", "-", f"{args.env_id}__{exp_name}__{args.seed}__{time.time_ns() // 1000}")
+    run_dir = Path(args.resume or f"runs/{run_name}")
     start, log_size = 0, 0
     if args.resume:
-        try:
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
-            start, log_size = int(state["global_step"]), int(state["log_size"])
-            if start < 0 or log_size < 0:
-                raise ValueError("its counters are impossible")
-            torch.set_rng_state(state["rng"])
-            if device.type == "cuda" and state["cuda_rng"] is not None:
-                torch.cuda.set_rng_state(state["cuda_rng"])
-        except Exception as e:  # a file can hold anything
-            stop(f"cannot resume {args.resume}: its checkpoint is not of this run ({' '.join(str(e).split())})")
-        if args.total_timesteps < start:
-            stop(f"cannot resume {args.resume}: it is at step {start}, --total-timesteps is {args.total_timesteps}")
-
-    run_dir = Path(args.resume) if args.resume else new_run_dir(args)
+        state, names = load(run_dir / "checkpoint.pt", args, "rng"), list(vars(args))
+        for name in ["seed", "env_id", *names[names.index("num_steps") :]]:  # what makes it that run
+            if state["args"][name] != getattr(args, name):
+                stop(f"cannot resume {run_dir}: its {name} is {state['args'][name]}, not {getattr(args, name)}")
+        start, log_size = state["global_step"], state["log_size"]
+        if start > args.total_timesteps:
+            stop(f"cannot resume {run_dir}: it is at step {start}, beyond --total-timesteps")
+        actor.load_state_dict(state["actor"])
+        critic.load_state_dict(state["critic"])
+        torch.set_rng_state(state["rng"])
+        torch.cuda.set_rng_state_all(state["cuda_rng"])
     if args.track:
-        run = {"name": run_dir.name, "id": run_dir.name, "resume": "allow", "config": asdict(args), "save_code": True}
+        import wandb
+
+        run = {"name": run_dir.name, "id": run_dir.name, "resume": "allow", "config": vars(args), "save_code": True}
         wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True, **run)
-    # a killed run wrote things after its checkpoint, which will be written again
-    writer = SummaryWriter(str(run_dir), purge_step=start + 1 if args.resume else None)
+    writer = SummaryWriter(str(run_dir), purge_step=start + 1, flush_secs=10)  # a kill's leftovers are written again
+    table = ["|param|value|", "|-|-|", *(f"|{name}|{value}|" for name, value in vars(args).items())]
+    writer.add_text("hyperparameters", "\n".join(table), start)
     log = open(run_dir / "log.txt", "a")
-    log.truncate(min(log_size, log.tell()))
-    if not args.resume:
-        table = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
-        writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
-        print(run_dir, flush=True)
+    log.seek(log.truncate(log_size))
+    print(run_dir, flush=True)
 
-    def abort(message):
-        writer.close()
-        stop(f"{message}; the last good checkpoint, if there is one, is in {run_dir}", 1)
-
-    num_batches, checkpoint_step, shown = args.total_timesteps // args.num_steps, start, {}
-    timer_start = time.perf_counter()
-    form = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"  # SPS, not the bar's own rate
-    total = num_batches * args.num_steps
-    bar = tqdm(total=total, initial=start, disable=None, dynamic_ncols=True, bar_format=form)
-    for number in range(start // args.num_steps + 1, num_batches + 1):
-        global_step = number * args.num_steps
-        try:
-            batch, episodes = collect(env, actor, args.num_steps, args.seed, global_step - args.num_steps)
-        except FloatingPointError as e:
-            abort(str(e))
+    checkpoint_step, timer, end = start, time.perf_counter(), args.total_timesteps // args.num_steps * args.num_steps
+    for step in tqdm(range(start, end, args.num_steps), disable=None, dynamic_ncols=True):
+        global_step = step + args.num_steps
+        batch, episodes = collect(env, actor, args.num_steps, args.seed, step)
         with torch.no_grad():
             entropy = actor(batch.obs).entropy().mean()
-        lam = args.lam * math.exp(-global_step / args.lam_decay) if args.lam_decay else args.lam
-        f1, f2, solve = stackelberg_update(actor, critic, actor_optimizer, critic_optimizer, batch, lam, args)
+        lam = args.lam * math.exp(-global_step / (args.lam_decay or math.inf))
+        f1, f2, info = stackelberg_update(actor, critic, *optimizers, batch, lam, args)
         if not (f1 + f2).isfinite():
-            abort(f"step {global_step}: a loss is not finite")
-        if not all(p.isfinite().all() for p in [*actor.parameters(), *critic.parameters()]):
-            abort(f"step {global_step}: a parameter is not finite")
+            stop(f"step {global_step}: a loss is not finite", 1)
+        if not flatten([*actor.parameters(), *critic.parameters()]).isfinite().all():
+            stop(f"step {global_step}: a parameter is not finite", 1)
 
-        shown["SPS"] = int((global_step - start) / (time.perf_counter() - timer_start))
-        paused = time.perf_counter()
         for when, episodic_return, length in episodes:
             writer.add_scalar("charts/episodic_return", episodic_return, when)
             writer.add_scalar("charts/episodic_length", length, when)
-        scalars = {"charts/SPS": shown["SPS"], "losses/policy_loss": f1, "losses/value_loss": f2}
-        scalars["losses/entropy"] = entropy  # policy_loss is -J(θ, w) itself, value_loss is L(θ, w)
-        if args.leader != "none":
-            for name, value in solve.items():
-                name = f"cg_{name}" if name in ("residual", "iterations") else name
-                scalars[f"stackelberg/{name}"] = value
-            scalars["stackelberg/lam"] = lam
-        line = f"step {global_step}: batch return "
+        scalars = {"losses/policy_loss": f1, "losses/value_loss": f2, "losses/entropy": entropy}  # f1 = -J, f2 = L
+        scalars["charts/SPS"] = (global_step - start) / (time.perf_counter() - timer)
+        for name, value in info.items():
+            scalars[f"stackelberg/cg_{name}" if name in ("residual", "iterations") else f"stackelberg/{name}"] = value
+        scalars |= {"stackelberg/lam": lam} if info else {}
+        line = f"step {global_step}: batch return unknown (no episode ended)"
         if episodes:  # the paper's measure of performance: the mean over the batch's episodes that came to an end
-            returns = np.array([episode[1] for episode in episodes])
-            scalars["charts/batch_return"] = returns.mean()
-            line += f"{returns.mean():.2f} ± {returns.std():.2f} ({len(episodes)} episodes)"
-            shown["return"] = f"{returns.mean():.1f}"
-        else:
-            line += "unknown (no episode ended)"
+            scores = np.array([episodic_return for _, episodic_return, _ in episodes])
+            scalars["charts/batch_return"] = scores.mean()
+            line = f"step {global_step}: batch return {scores.mean():.2f} ± {scores.std():.2f} ({len(scores)} episodes)"
         for name, value in scalars.items():
-            writer.add_scalar(name, float(value), global_step)
-        line += f", {shown['SPS']} steps/s"
+            writer.add_scalar(name, value, global_step)
         print(line, file=log, flush=True)
-        if number % 10 == 0 or number == num_batches:
+        if global_step % (10 * args.num_steps) == 0 or global_step == end:
             tqdm.write(line)
-        bar.set_postfix(shown, refresh=False)
-        bar.update(args.num_steps)
 
         if global_step - checkpoint_step >= args.checkpoint_every:
             writer.flush()
-            state = {name: part.state_dict() for name, part in parts.items()}
-            state |= {"args": asdict(args), "global_step": global_step, "log_size": log.tell()}
-            state |= {"rng": torch.get_rng_state()}
-            state["cuda_rng"] = torch.cuda.get_rng_state() if device.type == "cuda" else None
-            save(run_dir / "checkpoint.pt", **state)
+            state = {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all(), "args": vars(args)}
+            state |= {"global_step": global_step, "log_size": log.tell()}
+            save(run_dir / "checkpoint.pt", **state, actor=actor.state_dict(), critic=critic.state_dict())
             checkpoint_step = global_step
-        timer_start += time.perf_counter() - paused  # SPS is the speed of training alone
 
     if args.save_model:
-        save(run_dir / "model.pt", args=asdict(args), actor=actor.state_dict(), critic=critic.state_dict())
-    bar.close()
+        save(run_dir / "model.pt", args=vars(args), actor=actor.state_dict(), critic=critic.state_dict())
     writer.close()
-    log.close()
-    env.close()
-    if args.track:
-        wandb.finish()
     return run_dir
 
 
 def main():
     """The command line."""
     args = tyro.cli(Args, description=__doc__)
-    if args.evaluate:
-        evaluate_model(args)
-        return
     if args.resume:  # the defaults are now the run's own flags
-        args = tyro.cli(Args, description=__doc__, default=Args(**load_checkpoint(args)["args"]))
-    try:
-        train(args)
-    except KeyboardInterrupt:
-        stop("interrupted; carry on with --resume and the run's folder", 130)
+        state = load(Path(args.resume) / "checkpoint.pt", args, "rng")
+        args = tyro.cli(Args, description=__doc__, default=Args(**state["args"]))
+    check_args(args)
+    if not args.evaluate:
+        return train(args)
+    state = load(args.evaluate, args, "actor")
+    env = make_env(state["args"]["env_id"], args.capture_video and Path(args.evaluate).parent / "evaluate", 10**9)
+    actor = Actor(env.observation_space, env.action_space, state["args"]["hidden"])
+    actor.load_state_dict(state["actor"])
+    returns = evaluate(actor, env, args.eval_episodes, args.seed, 2)
+    env.close()
+    print(*(f"episode {k}: return {episodic_return:.2f}" for k, episodic_return in enumerate(returns, 1)), sep="\n")
+    print(f"mean return {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes")
 
 
 if __name__ == "__main__":

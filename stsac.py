@@ -4,29 +4,25 @@
 # ///
 """Stackelberg soft actor-critic (STSAC-AL, STSAC-CL) and plain SAC in one file.
 
-Zheng, Fiez, Alumbaugh, Chasnov, Ratliff: Stackelberg Actor-Critic: Game-Theoretic Reinforcement Learning Algorithms,
-2021. Numbers in parentheses are the paper's equations. Every player minimises a cost: the actor (parameters θ)
--J(θ, w), the critic (parameters w) L(θ, w). The leader follows the total derivative of its cost through the
-follower's best response; everything else is SAC.
+Zheng et al., Stackelberg Actor-Critic: Game-Theoretic Reinforcement Learning Algorithms, 2021; numbers in parentheses
+are its equations. The actor (θ) minimises -J(θ, w), the critic (w) L(θ, w), and the leader follows the total derivative
+of its cost through the other's best response. Everything else is SAC.
 
-    python stsac.py --env-id Walker2d-v4 --leader actor --lam 500     # STSAC-AL
-    python stsac.py --env-id Walker2d-v4 --leader critic              # STSAC-CL
-    python stsac.py --env-id Walker2d-v4 --leader none                # SAC
+    python stsac.py --env-id Walker2d-v4 --leader actor --lam 500     # STSAC-AL; critic: STSAC-CL, none: SAC
     python stsac.py --resume runs/Walker2d-v4__stsac-al__1__1700000000
     python stsac.py --evaluate runs/Walker2d-v4__stsac-al__1__1700000000/model.pt
 """
 
-import difflib
 import math
 import os
-import random
 import re
 import sys
 import time
 import warnings
-from dataclasses import asdict, dataclass
+from collections import namedtuple
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import gymnasium as gym
 import numpy as np
@@ -48,11 +44,8 @@ class Args:
     """the value of `torch.backends.cudnn.deterministic`"""
     cuda: bool = True
     """if toggled, cuda will be enabled where there is one"""
-    num_threads: int = 1
-    """CPU threads of this run; more only pay where cores are idle"""
     compile: bool = False
-    """compile the gradients with torch.compile: needs a C++ compiler and ten seconds to a minute at the start; every
-    solve then takes all of its --cg-iters, so give it three"""
+    """torch.compile the gradients (up to a minute, a C++ compiler; no solve stops early, so give it --cg-iters 3)"""
     track: bool = False
     """if toggled, this experiment will be tracked with Weights and Biases"""
     wandb_project_name: str = "stackelberg-actor-critic"
@@ -129,88 +122,42 @@ def stop(message, code=2):
 
 def check_args(args):
     """Refuses values that no run can have."""
-    counts = "unroll cg_iters batch_size total_timesteps eval_every eval_episodes checkpoint_every num_threads"
-    for name in counts.split():
-        if getattr(args, name) < 1:
-            stop(f"--{name.replace('_', '-')} must be at least 1")
-    for ok, message in [
-        (0 <= args.seed < 2**32, "--seed must be in [0, 2^32)"),
-        (0 <= args.lam < math.inf, "--lam must be finite and at least 0 (λ → ∞ is --leader none)"),
-        (args.lam_decay is None or args.lam_decay > 0, "--lam-decay must be positive"),
-        (0 <= args.cg_tol < 1, "--cg-tol must be in [0, 1)"),
-        (
-            args.curvature == "hessian" or args.leader != "critic",
-            "--curvature gauss-newton needs the actor as leader: with the critic as leader the follower's cost is -J, "
-            "which is no sum of squares",
-        ),
-        (args.curvature == "hessian" or args.lam > 0, "--curvature gauss-newton needs a positive --lam"),
-        (args.batch_size <= args.buffer_size, "--batch-size must not be larger than --buffer-size"),
-        (0 <= args.gamma <= 1, "--gamma must be in [0, 1]"),
-        (0 < args.tau <= 1, "--tau must be in (0, 1]"),
-        (args.policy_lr >= 0 and args.q_lr >= 0, "--policy-lr and --q-lr must be at least 0"),
-        (args.alpha >= 0, "--alpha must be at least 0"),
-        (all(width >= 1 for width in args.hidden), "--hidden must be positive layer widths"),
-        (args.start_steps >= 0 and args.learning_starts >= 0, "--start-steps, --learning-starts must be at least 0"),
-    ]:
-        if not ok:
-            stop(message)
+    positive = "hidden unroll cg_iters batch_size lam_decay total_timesteps eval_every eval_episodes checkpoint_every"
+    for name, value in vars(args).items():
+        least, most = int(name in positive.split()), 1 if name in ("gamma", "tau", "cg_tol") else sys.float_info.max
+        if isinstance(value, (int, float, tuple)) and not all(least <= x <= most for x in np.atleast_1d(value)):
+            stop(f"--{name.replace('_', '-')} {value} is not in [{least}, {most:g}]")
+    if args.batch_size > args.buffer_size:
+        stop("--batch-size must not be larger than --buffer-size")
+    if args.curvature == "gauss-newton" and (args.leader == "critic" or args.lam == 0):
+        stop("--curvature gauss-newton needs a positive --lam, and a critic that follows: -J is no sum of squares")
 
 
 # Environment
-def make_env(env_id, capture_video=False):
-    """One environment with flat observations and the statistics of its episodes; stops if it does not suit."""
+def make_env(env_id, video_folder=None, video_every=1):
+    """One environment with flat observations, actions in a bounded Box, and the statistics of its episodes."""
     # v4 ids are the paper's tasks; their deprecation is known and is the one warning that is silenced
     warnings.filterwarnings("ignore", r".*The environment \S+ is out of date", DeprecationWarning)
-    try:
-        env = gym.make(env_id, **({"render_mode": "rgb_array"} if capture_video else {}))
-    except gym.error.UnregisteredEnv:
-        near = difflib.get_close_matches(env_id, gym.registry, n=5)
-        stop(f"unknown environment {env_id!r}" + (f"; near matches: {', '.join(near)}" if near else ""))
-    except Exception as e:  # whatever a third party's constructor raises
-        stop(f"cannot make environment {env_id!r}: {' '.join(str(e).split())}")
-    if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
-        env = gym.wrappers.FlattenObservation(env)
-    if not isinstance(env.observation_space, gym.spaces.Box):
-        stop(f"{env_id} has observations of no fixed size")
-    space = env.action_space
-    if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-        stop(f"{env_id} has the action space {space}; a one-dimensional Box is needed")
-    width = space.high.astype(np.float64) - space.low
-    if not ((0 < width) & (width < np.finfo(np.float32).max)).all():
-        stop(f"{env_id} has the unbounded (or empty) action space {space}; a bounded one is needed")
-    if capture_video:
-        try:
-            import moviepy  # noqa: F401, what RecordVideo needs
-
-            env.reset()
-            env.render()
-        except Exception as e:  # every rendering backend has its own errors
-            stop(
-                "cannot record videos: install moviepy (pip install moviepy) and OpenGL (on Debian: apt install "
-                f"libegl1, then MUJOCO_GL=egl, or libosmesa6, then MUJOCO_GL=osmesa): {' '.join(str(e).split())}"
-            )
+    render = {"render_mode": "rgb_array"} if video_folder else {}  # not all environments know a render_mode
+    env = gym.wrappers.FlattenObservation(gym.make(env_id, **render))
+    spaces = env.observation_space, env.action_space
+    if not all(isinstance(space, gym.spaces.Box) for space in spaces) or not env.action_space.is_bounded():
+        stop(f"{env_id} needs observations of a fixed size and a bounded Box of actions, not {spaces}")
+    if video_folder:
+        env = gym.wrappers.RecordVideo(env, str(video_folder), lambda episode: episode % video_every == 0)
     return gym.wrappers.RecordEpisodeStatistics(env)
 
 
 def reset(env, *key):
-    """Starts an episode with randomness that depends on `key` (integers) alone; returns the observation.
-
-    All that is random outside torch is seeded anew for each episode. So a checkpoint between two episodes has nothing
-    of the simulator to save.
-    """
-    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
-    random.seed(seed)
-    np.random.seed(seed)
-    obs, _ = env.reset(seed=seed)
+    """Starts an episode whose randomness depends on `key` alone: between two there is no simulator state to save."""
+    obs, _ = env.reset(seed=int(np.random.SeedSequence(key).generate_state(1)[0]))
     return np.array(obs)  # a copy: some environments change their array in place
 
 
 # Networks
 def mlp(*sizes):
     """Linear layers of the given sizes with ReLU between them."""
-    layers = []
-    for n_in, n_out in zip(sizes[:-1], sizes[1:]):
-        layers += [nn.Linear(n_in, n_out), nn.ReLU()]
+    layers = [layer for n in zip(sizes[:-1], sizes[1:]) for layer in (nn.Linear(*n), nn.ReLU())]
     return nn.Sequential(*layers[:-1])
 
 
@@ -219,36 +166,20 @@ class Actor(nn.Module):
 
     def __init__(self, observation_space, action_space, hidden=(256, 256)):
         super().__init__()
-        obs_dim, act_dim = math.prod(observation_space.shape), math.prod(action_space.shape)
-        self.net = mlp(obs_dim, *hidden, 2 * act_dim)
+        self.net = mlp(math.prod(observation_space.shape), *hidden, 2 * math.prod(action_space.shape))
         low, high = torch.tensor(action_space.low).float(), torch.tensor(action_space.high).float()
         self.register_buffer("action_scale", (high - low) / 2)
         self.register_buffer("action_bias", (high + low) / 2)
 
-    def forward(self, obs):
-        """Mean and log standard deviation of the Gaussian before the squashing, [..., act_dim] each."""
+    def forward(self, obs, deterministic=False):
+        """obs [..., obs_dim] -> a_θ(s) [..., act_dim], in the environment's units, and log π_θ(a_θ(s)|s), [...]."""
         mean, log_std = self.net(obs).chunk(2, dim=-1)
-        return mean, log_std.clamp(-20, 2)  # Spinning Up's bounds
-
-    def get_action(self, obs):
-        """obs [..., obs_dim] -> a reparameterized sample a_θ(s) [..., act_dim] and log π_θ(a_θ(s)|s) [...].
-
-        a = tanh(u), u = mean + std ε. log(1 - tanh²u) has Spinning Up's stable form; the density is, like CleanRL's,
-        that of the action in the environment's units.
-        """
-        mean, log_std = self(obs)
-        noise = torch.randn_like(mean)
+        log_std = log_std.clamp(-20, 2)  # Spinning Up's bounds
+        noise = torch.zeros_like(mean) if deterministic else torch.randn_like(mean)
         u = mean + log_std.exp() * noise
         log_prob = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)
-        log_prob = log_prob - 2 * (math.log(2) - u - F.softplus(-2 * u)) - self.action_scale.log()
-        return self.squash(u), log_prob.sum(-1)
-
-    def mean_action(self, obs):
-        """The deterministic policy of the evaluation."""
-        return self.squash(self(obs)[0])
-
-    def squash(self, u):
-        return torch.tanh(u) * self.action_scale + self.action_bias
+        log_prob = log_prob - 2 * (math.log(2) - u - F.softplus(-2 * u)) - self.action_scale.log()  # log(1 - tanh²u)
+        return torch.tanh(u) * self.action_scale + self.action_bias, log_prob.sum(-1)
 
 
 class Critic(nn.Module):
@@ -257,8 +188,7 @@ class Critic(nn.Module):
     def __init__(self, observation_space, action_space, hidden=(256, 256)):
         super().__init__()
         n_in = math.prod(observation_space.shape) + math.prod(action_space.shape)
-        self.q1 = mlp(n_in, *hidden, 1)
-        self.q2 = mlp(n_in, *hidden, 1)
+        self.q1, self.q2 = mlp(n_in, *hidden, 1), mlp(n_in, *hidden, 1)
 
     def forward(self, obs, actions):
         """obs [B, obs_dim], actions [B, act_dim] -> Q_w1, Q_w2, [B] each."""
@@ -267,14 +197,7 @@ class Critic(nn.Module):
 
 
 # Replay buffer
-class Batch(NamedTuple):
-    """ξ = (s, a, r, s') and whether s' is terminal: tensors, first axis B."""
-
-    obs: torch.Tensor
-    actions: torch.Tensor
-    rewards: torch.Tensor
-    next_obs: torch.Tensor
-    terminated: torch.Tensor
+Batch = namedtuple("Batch", "obs actions rewards next_obs terminated")  # ξ = (s, a, r, s', end): tensors, first axis B
 
 
 class ReplayBuffer:
@@ -284,47 +207,39 @@ class ReplayBuffer:
         obs, act = observation_space.shape, action_space.shape
         # empty, not zeros: memory is only taken once it is written to
         self.data = Batch(*(torch.empty(size, *shape, device=device) for shape in (obs, act, (), obs, ())))
-        self.size, self.count, self.device = size, 0, device
+        self.size, self.count = size, 0
 
-    def __len__(self):
-        return min(self.count, self.size)
-
-    def add(self, *transition):
-        """(s, a, r, s', terminated). A time limit is not terminal: the critic bootstraps through it."""
+    def add(self, *transition):  # a time limit is not terminal: the critic bootstraps through it
         for column, value in zip(self.data, transition):
             column[self.count % self.size] = torch.as_tensor(value)
         self.count += 1
 
     def sample(self, batch_size):
         """A batch drawn uniformly with replacement."""
-        index = torch.randint(len(self), (batch_size,), device=self.device)
+        index = torch.randint(min(self.count, self.size), (batch_size,), device=self.data.obs.device)
         return Batch(*(column.index_select(0, index) for column in self.data))
 
-    def state_dict(self):
-        # a copy: saving a slice would write the whole buffer
-        return {"data": [column[: len(self)].to("cpu", copy=True) for column in self.data], "count": self.count}
+    def state_dict(self):  # of copies: a slice would be saved with the whole buffer
+        return {"count": self.count, "data": [column[: self.count].cpu().clone() for column in self.data]}
 
     def load_state_dict(self, state):
-        self.count = int(state["count"])
-        for column, saved in zip(self.data, state["data"], strict=True):
-            column[: len(self)] = saved
+        self.count = state["count"]
+        for column, saved in zip(self.data, state["data"]):
+            column[: self.count] = saved
 
 
-# Losses
+# Losses: each is written here alone, all gradients are taken of it
 def actor_loss(actor, critic, batch, alpha):
     """The actor's cost -J(θ, w), (9): a scalar."""
-    actions, log_prob = actor.get_action(batch.obs)
+    actions, log_prob = actor(batch.obs)
     q1, q2 = critic(batch.obs, actions)
     return (alpha * log_prob - torch.minimum(q1, q2)).mean()
 
 
 def td_target(actor, target_critic, batch, gamma, alpha):
-    """y(r, s'), below (10), [B].
-
-    The next action is the current policy's (footnote 4), so y depends on θ through the action and its entropy, and
-    only so does L. Critical: no `no_grad` here, or the leader's implicit term is zero and STSAC is SAC.
-    """
-    actions, log_prob = actor.get_action(batch.next_obs)
+    """y(r, s'), below (10), [B]. The next action is the current policy's (footnote 4): through it L depends on θ."""
+    # critical: no `no_grad` here, or the leader's implicit term is zero and STSAC is SAC
+    actions, log_prob = actor(batch.next_obs)
     q1, q2 = target_critic(batch.next_obs, actions)
     return batch.rewards + gamma * (1 - batch.terminated) * (torch.minimum(q1, q2) - alpha * log_prob)
 
@@ -338,21 +253,14 @@ def critic_loss(actor, critic, target_critic, batch, gamma, alpha):
 
 # Solver
 def conjugate_gradient(matvec, b, max_iters, tol, preconditioner=None):
-    """Solves Ax = b for a symmetric A by conjugate gradient, from x = 0.
-
-    matvec: v -> Av; b: [n]; preconditioner: r -> an approximation of A⁻¹r, symmetric positive definite.
-    Stops at ‖b - Ax‖ ≤ tol ‖b‖. At pᵀAp ≤ 0 (to rounding: A is not positive definite) or at the first number that is
-    not finite it keeps the last good x, 0 if there is none: x is finite whatever A and b are. With a preconditioner M
-    the x returned is never worse than Mb: that is what it falls back to.
-    Returns x and info, tensors on b's device: residual (relative; inf after a number that was not finite), iterations
-    (those that changed x) and negative_curvature.
-    """
+    """x ≈ A⁻¹b, [n], for a symmetric A (matvec: v -> Av) by conjugate gradient from 0, until ‖b - Ax‖ ≤ tol ‖b‖.
+    At pᵀAp ≤ 0 (A is not positive definite) or a number that is not finite it keeps the last good x, and with a
+    preconditioner (r -> Mr, M ≈ A⁻¹) it is never worse than Mb. Info: tensors, the residual relative, inf if broken."""
     eps = torch.finfo(b.dtype).eps
     tol = max(tol, eps)  # the recursion for r goes on shrinking below rounding, where it means nothing
-    x, r, b_norm = torch.zeros_like(b), b, b.norm()
-    p, rz = r, r @ r
+    x, r, p, b_norm = torch.zeros_like(b), b, b, b.norm()
+    rz = max_curvature = iterations = torch.zeros_like(b_norm)
     residual = torch.where(b_norm.isfinite(), (b_norm != 0).to(b.dtype), math.inf)
-    max_curvature, iterations = torch.zeros_like(b_norm), torch.zeros_like(b_norm)
     active = b_norm.isfinite() & (residual > tol)
     negative_curvature = torch.zeros_like(active)
     Mb, Mb_residual = x, torch.full_like(residual, math.inf)
@@ -364,33 +272,27 @@ def conjugate_gradient(matvec, b, max_iters, tol, preconditioner=None):
         rz, rz_old = r @ z, rz
         p = z if k == 0 else z + rz / rz_old * p
         Ap = matvec(p)
-        if k == 0:
+        if k == 0 and preconditioner is not None:
             Mb, Mb_residual = p, (b - Ap).norm() / b_norm
         pAp = p @ Ap
-        curvature = pAp / (p @ p)
+        curvature, alpha = pAp / (p @ p), rz / pAp
         max_curvature = torch.maximum(max_curvature, curvature)
         flat = active & curvature.isfinite() & (curvature <= eps * max_curvature)
-        alpha = rz / pAp
         x_new, r_new = x + alpha * p, r - alpha * Ap
-        finite = (x_new.sum() + r_new.sum()).isfinite()  # ten times as fast as to look at each number
-        good = active & ~flat & finite
-        negative_curvature = negative_curvature | flat
+        good = active & ~flat & (x_new.sum() + r_new.sum()).isfinite()  # sums: faster than to look at each number
+        negative_curvature, iterations = negative_curvature | flat, iterations + good
         x, r = torch.where(good, x_new, x), torch.where(good, r_new, r)
         residual = torch.where(good, r.norm() / b_norm, torch.where(active & ~flat, math.inf, residual))
-        iterations = iterations + good
         active = good & (residual > tol)
-    if preconditioner is not None:
-        fallback = (residual + Mb_residual).isfinite() & ((residual > Mb_residual) | (iterations == 0))
-        x, residual = torch.where(fallback, Mb, x), torch.where(fallback, Mb_residual, residual)
+    worse = (residual + Mb_residual).isfinite() & ((residual > Mb_residual) | (iterations == 0))
+    x, residual = torch.where(worse, Mb, x), torch.where(worse, Mb_residual, residual)
     return x, {"residual": residual, "iterations": iterations, "negative_curvature": negative_curvature}
 
 
 # Stackelberg gradient
-def grad(outputs, inputs, grad_outputs=None, create_graph=False):
+def grad(outputs, inputs, grad_outputs=None, **kwargs):
     """`torch.autograd.grad` on a graph that is kept; an input that does not matter gets zeros."""
-    return torch.autograd.grad(
-        outputs, inputs, grad_outputs, retain_graph=True, create_graph=create_graph, materialize_grads=True
-    )
+    return torch.autograd.grad(outputs, inputs, grad_outputs, retain_graph=True, materialize_grads=True, **kwargs)
 
 
 def flatten(tensors):
@@ -398,24 +300,18 @@ def flatten(tensors):
     return torch.cat([t.reshape(-1) for t in tensors])
 
 
-def term_sizes(direct, implicit):
-    """Norms of the leader's direct and implicit term, and the cosine between the two."""
+def total_derivative(direct, implicit):
+    """The sum of both terms, a list of tensors, and info: their norms and the cosine between them."""
     d, i = flatten(direct), flatten(implicit)
     d_norm, i_norm = d.norm(), i.norm()
     cosine = d @ i / (d_norm * i_norm).clamp(min=torch.finfo(d.dtype).tiny)
-    return {"direct_norm": d_norm, "implicit_norm": i_norm, "cosine": cosine}
+    return [a + b for a, b in zip(direct, implicit)], dict(direct_norm=d_norm, implicit_norm=i_norm, cosine=cosine)
 
 
-def stackelberg_gradient(f1, f2, x1, x2, lam, cg_iters, cg_tol, grad2_f2=None):
-    """The leader's total derivative, (15) and (16) with the regularization of Section 4.5:
-
-        ∇₁f1 - (∇₂₁f2)ᵀ (∇₂²f2 + λI)⁻¹ ∇₂f1
-
+def stackelberg_gradient(f1, f2, x1, x2, lam, cg_iters, cg_tol, grad2_f2=None, preconditioner=None):
+    """The leader's total derivative ∇₁f1 - (∇₂₁f2)ᵀ (∇₂²f2 + λI)⁻¹ ∇₂f1: (15), (16), regularized as in Section 4.5.
     f1, f2: the leader's and the follower's cost, scalars with their graphs; x1, x2: their lists of parameters;
-    grad2_f2: ∇₂f2 with its graph (create_graph=True), if the caller has it already.
-    Returns a list of tensors like x1, and info: the solver's, and the norms of the direct term ∇₁f1 and of the
-    implicit term (all the rest, with its sign), and the cosine between the two.
-    """
+    grad2_f2: ∇₂f2 with its graph, if the caller has it. Returns a list of tensors like x1, and info."""
     grads = grad(f1, [*x1, *x2])
     direct, grad2_f1 = grads[: len(x1)], flatten(grads[len(x1) :])
     grad2_f2 = flatten(grad(f2, x2, create_graph=True) if grad2_f2 is None else grad2_f2)
@@ -423,31 +319,26 @@ def stackelberg_gradient(f1, f2, x1, x2, lam, cg_iters, cg_tol, grad2_f2=None):
     def damped_hessian(v):
         return flatten(grad(grad2_f2, x2, v)) + lam * v
 
-    v, info = conjugate_gradient(damped_hessian, grad2_f1, cg_iters, cg_tol)
-    implicit = grad(grad2_f2, x1, -v)
-    return [a + b for a, b in zip(direct, implicit)], info | term_sizes(direct, implicit)
+    v, solver_info = conjugate_gradient(damped_hessian, grad2_f1, cg_iters, cg_tol, preconditioner)
+    total, info = total_derivative(direct, grad(grad2_f2, x1, -v))
+    return total, solver_info | info
 
 
-# The actor as leader: the critic's tangent kernel
+# The actor as leader: the Gauss-Newton part 𝒥ᵀD𝒥 of ∇_w²L, 𝒥 = ∂Q/∂w, D = ∂²L/∂Q² = 2/B, by the tangent kernel K = 𝒥𝒥ᵀ
 def jacobian_factors(q, x):
-    """A Q network at its inputs x, [B, n_in] -> Q, [B], and the Jacobian 𝒥 = ∂Q/∂w in factors.
-
-    The factors are a pair (A, Δ) for each linear layer, its inputs and ∂Q/∂(its outputs), [B, width] each: row i of 𝒥
-    is the outer product Δ_i A_iᵀ for the layer's weights, and Δ_i for its biases.
-    """
-    layers, inputs = list(q)[::2], [x]  # with ReLU between them
-    for layer in layers[:-1]:
-        inputs.append(F.relu(layer(inputs[-1])))
-    out = layers[-1](inputs[-1])
-    deltas = [torch.ones_like(out)]
-    for layer, A in zip(layers[:0:-1], inputs[:0:-1]):
-        deltas.insert(0, deltas[0] @ layer.weight * A.sign())  # A ≥ 0, so this is ReLU's derivative
-    return out.squeeze(-1), list(zip(inputs, deltas))
-
-
-def rows(J, index):
-    """The Jacobian at a part of the batch."""
-    return [(A[index], D[index]) for A, D in J]
+    """A Q network at its inputs x, [B, n] -> Q, [B], to first order in x and constant in w, and 𝒥 in factors.
+    The factors are a pair (A, Δ) for each Linear, its inputs and ∂Q/∂(its outputs), [B, width] each: row i of 𝒥 is
+    Δ_i A_iᵀ for the layer's weights, and Δ_i for its biases. Critical: this is right for modules that run in their
+    order, of which only Linears have parameters, if no two samples meet. `check_jacobian` refuses anything else."""
+    out = start = x.detach().requires_grad_()
+    linears = []
+    for module in (m for m in q.modules() if not list(m.children())):
+        out, before = module(out), out
+        if isinstance(module, nn.Linear):
+            linears.append((before.detach(), out))
+    slope, *deltas = grad(out.sum(), [start, *(after for _, after in linears)])
+    value = out.detach().squeeze(-1).requires_grad_() + (slope * (x - x.detach())).sum(-1)
+    return value, [(A, D) for (A, _), D in zip(linears, deltas)]
 
 
 def vjp(J, c):
@@ -455,168 +346,118 @@ def vjp(J, c):
     return [t for A, D in J for t in ((D * c[:, None]).T @ A, D.T @ c)]
 
 
-def layerwise(J, v):
-    """A flat v like w as the layers' pairs of weight and bias."""
-    shapes = [(D.shape[1], A.shape[1]) for A, D in J]
-    parts = v.split([n for n_out, n_in in shapes for n in (n_out * n_in, n_out)])
-    return [(weight.view(shape), bias) for weight, bias, shape in zip(parts[::2], parts[1::2], shapes)]
-
-
-def jvp(J, v):
-    """𝒥v, [B], for a flat v like w."""
-    return sum((torch.addmm(bias, A, weight.T) * D).sum(1) for (A, D), (weight, bias) in zip(J, layerwise(J, v)))
-
-
-def hessian_vector_product(q, J, f2_q, v):
-    """∇_w²L v, flat like w, for L = Σ (Q_i - y_i)²/B: Pearlmutter's (1994) derivative of the backward pass along v.
-
-    f2_q: ∂L/∂Q, [B]. Equal to double backward through L, with J instead of a graph.
-    """
-    layers, V, product = list(q)[::2], layerwise(J, v), []
-    dA, dinputs = torch.zeros_like(J[0][0]), []  # derivatives along v
-    for i, (layer, (A, _), (weight, bias)) in enumerate(zip(layers, J, V)):
-        dinputs.append(dA)
-        dout = torch.addmm(torch.addmm(bias, A, weight.T), dA, layer.weight.T)
-        if i + 1 < len(layers):
-            dA = dout * J[i + 1][0].sign()
-    ddelta = 2 / len(f2_q) * dout
-    for layer, (A, D), (weight, _), dA in list(zip(layers, J, V, dinputs))[::-1]:
-        delta = D * f2_q[:, None]
-        product = [torch.addmm(ddelta.T @ A, delta.T, dA), ddelta.sum(0), *product]
-        if dA is not dinputs[0]:
-            ddelta = torch.addmm(ddelta @ layer.weight, delta, weight) * A.sign()
-    return flatten(product)
-
-
 def tangent_kernel(J1, J2):
     """𝒥₁𝒥₂ᵀ, [B₁, B₂]: how fitting Q at one sample moves it at another."""
     return sum((A1 @ A2.T + 1) * (D1 @ D2.T) for (A1, D1), (A2, D2) in zip(J1, J2))
 
 
-def ridge_solver(K, lam):
-    """c -> (K + (λB/2) I)⁻¹ c, [B]: positive definite for every λ > 0, so it cannot break down."""
-    rounding = torch.finfo(K.dtype).eps * K.trace()  # K's own; a smaller λ would leave K indefinite
+def ridge_solver(K, damping):
+    """c -> (K + damping I)⁻¹ c, [B], for a damping > 0, a number or [B]: positive definite, it cannot break down."""
+    rounding = torch.finfo(K.dtype).eps * K.trace()  # K's own; a smaller damping would leave K indefinite
     K = K.to(torch.float64, copy=True)
-    K.diagonal().add_(len(K) / 2 * lam + rounding)
+    K.diagonal().add_(damping + rounding)
     L, _ = torch.linalg.cholesky_ex(K)  # checks nothing, so that a GPU need not wait
     return lambda c: torch.cholesky_solve(c.double()[:, None], L)[:, 0].to(c.dtype)
 
 
-def target_weights(qs, Js, f1_q, f2_q, lam, args):
-    """df1/dy, [B]: what moving each target changes in the leader's cost once the follower has re-fit.
+def gauss_newton_preconditioner(critic, batch, lam):
+    """r -> ((2/B)𝒥ᵀ𝒥 + λI)⁻¹ r = (r - 𝒥ᵀ(K + (λB/2) I)⁻¹𝒥r)/λ, for each Q network."""
+    x = torch.cat([batch.obs, batch.actions], dim=-1)
+    Js = [jacobian_factors(q, x)[1] for q in critic.children()]
+    Ks = [tangent_kernel(J, J) for J in Js]
+    # (r - fit)/λ is a difference of close numbers: with a smaller λ than this it would be rounding alone
+    lam = (torch.finfo(x.dtype).eps ** (2 / 3) * 2 / len(x) * sum(K.trace() for K in Ks)).clamp(min=lam)
+    solvers = [ridge_solver(K, lam * len(x) / 2) for K in Ks]
 
-        df1/dy_i = (2/B) ∇_wQ_w(s_i, a_i)·v,    v = (∇_w²L + λI)⁻¹ ∇_w f1          (summed over the Q networks)
+    def jvp(J, v):  # 𝒥v, [B], for a flat v like w
+        parts = v.split([n for A, D in J for n in (D.shape[1] * A.shape[1], D.shape[1])])
+        layers = zip(J, parts[::2], parts[1::2])
+        return sum((torch.addmm(bias, A, weight.view(-1, A.shape[1]).T) * D).sum(1) for (A, D), weight, bias in layers)
 
-    The Gauss-Newton part of ∇_w²L is (2/B)𝒥ᵀ𝒥. With it alone this is kernel ridge regression, (K + (λB/2) I)⁻¹ 𝒥∇_w f1;
-    with all of ∇_w²L it is the preconditioner.
-    qs: the Q networks; for each of them, Js: the Jacobian at (s, a) and then (s, μ_θ(s)), 2B rows; f2_q: ∂L/∂Q at the
-    former, f1_q: ∂f1/∂Q at the latter, [B]. Returns df1/dy and the solver's info.
-    """
-    B = len(f2_q[0])
-    Js, Js_all, Js_pi = [rows(J, slice(B)) for J in Js], Js, [rows(J, slice(B, None)) for J in Js]
-    if args.curvature == "gauss-newton":
-        kernels = [tangent_kernel(J, J_all) for J, J_all in zip(Js, Js_all)]
-        return sum(ridge_solver(K[:, :B], lam)(K[:, B:] @ c) for K, c in zip(kernels, f1_q)), {}
-    grad2_f1 = flatten([t for J_pi, c in zip(Js_pi, f1_q) for t in vjp(J_pi, c)])
+    def preconditioner(r):
+        fits = [flatten(vjp(J, solve(jvp(J, u)))) for J, solve, u in zip(Js, solvers, r.chunk(len(Js)))]
+        return (r - torch.cat(fits)) / lam
 
-    def damped_hessian(v):
-        parts = zip(qs, Js, f2_q, v.chunk(len(qs)))  # block diagonal
-        return torch.cat([hessian_vector_product(q, J, c, u) for q, J, c, u in parts]) + lam * v
-
-    preconditioner = None
-    if args.precondition:
-        kernels = [tangent_kernel(J, J) for J in Js]
-        # (r - fit)/λ is a difference of close numbers: with a λ below this bound it would be rounding alone
-        bound = torch.finfo(grad2_f1.dtype).eps ** (2 / 3) * 2 / B * sum(K.trace() for K in kernels)
-        damping = bound.clamp(min=lam)
-        solvers = [ridge_solver(K, damping) for K in kernels]
-
-        def preconditioner(r):
-            """((2/B)𝒥ᵀ𝒥 + λI)⁻¹ r = (r - 𝒥ᵀ(K + (λB/2) I)⁻¹𝒥r)/λ for each Q network."""
-            fits = [flatten(vjp(J, solve(jvp(J, u)))) for J, solve, u in zip(Js, solvers, r.chunk(len(Js)))]
-            return (r - torch.cat(fits)) / damping
-
-    v, info = conjugate_gradient(damped_hessian, grad2_f1, args.cg_iters, args.cg_tol, preconditioner)
-    return 2 / B * sum(jvp(J, u) for J, u in zip(Js, v.chunk(len(Js)))), info
+    return preconditioner
 
 
-def actor_leads(actor, critic, target_critic, batch, alpha, lam, args):
-    """The players' costs and gradients, the leader being the actor: `stackelberg_gradient` with f1 = -J and f2 = L.
+def gauss_newton_gradients(actor, critic, target_critic, batch, alpha, lam, args):
+    """`player_gradients` for the actor as leader, with 𝒥ᵀD𝒥 for ∇_w²L: then v = (𝒥ᵀD𝒥 + λI)⁻¹ ∇_wf1 is not needed.
+    𝒥v = D⁻¹(K + λD⁻¹)⁻¹ 𝒥∇_wf1 is, a kernel ridge regression, because (∇₂₁f2)ᵀv = ∇_θ⟨∂L/∂Q, 𝒥v⟩: when the critic
+    re-fits, moving a target moves f1, and the actor descends its influence on the targets, too."""
+    theta, B, seen = list(actor.parameters()), len(batch.obs), []
 
-    L depends on θ only through the targets y_i, so ∇₁f1 - (∇₂₁f2)ᵀv = ∇_θf1 + Σ_i df1/dy_i ∇_θy_i: when the critic
-    re-fits, moving a target moves the actor's cost, so the actor descends its own influence on the targets, too.
-    Returns f_actor, f_critic, their gradients (lists like θ and w) and info.
-    """
-    theta, B = list(actor.parameters()), len(batch.obs)
-    actions, log_prob = actor.get_action(batch.obs)
-    y = td_target(actor, target_critic, batch, args.gamma, alpha)
-    with torch.no_grad():
-        x, x_pi = torch.cat([batch.obs, batch.actions], dim=-1), torch.cat([batch.obs, actions], dim=-1)
-        qs, x = [critic.q1, critic.q2], torch.cat([x, x_pi])
-        (q1, q2), Js = zip(*(jacobian_factors(q, x) for q in qs))
-        f1_q1 = -(q1[B:] <= q2[B:]).to(q1.dtype) / B  # J has the smaller of the two
-        f1_q = [f1_q1, -1 / B - f1_q1]
-        f2_q = [2 / B * (q[:B] - y) for q in (q1, q2)]
-        f1_actions = sum(
-            c[:, None] * (J[0][1][B:] @ q[0].weight[:, -actions.shape[1] :]) for q, J, c in zip(qs, Js, f1_q)
-        )
-        weights, info = target_weights(qs, Js, f1_q, f2_q, lam, args)
-        f_actor = (alpha * log_prob - torch.minimum(q1[B:], q2[B:])).mean()
-        f_critic = F.mse_loss(q1[:B], y) + F.mse_loss(q2[:B], y)
-        grad_w = [t for J, c in zip(Js, f2_q) for t in vjp(rows(J, slice(B)), c)]
-    direct = grad([actions, log_prob], theta, [f1_actions, alpha / B * torch.ones_like(log_prob)])
-    implicit = grad(y, theta, weights)
-    grad_theta = [a + b for a, b in zip(direct, implicit)]
-    return f_actor, f_critic, grad_theta, grad_w, info | term_sizes(direct, implicit)
+    def critic_pi(obs, actions):  # (s, a) and (s, a_θ(s)) go through the layers together
+        x = torch.cat([torch.cat([batch.obs, batch.actions], dim=-1), torch.cat([obs, actions], dim=-1)])
+        seen.extend(jacobian_factors(q, x) for q in critic.children())
+        return [q[B:] for q, _ in seen]
+
+    f_actor = actor_loss(actor, critic_pi, batch, alpha)
+    qs, Js = zip(*seen)
+    qs_sa, Js_sa = [q[:B].detach().requires_grad_() for q in qs], [[(A[:B], D[:B]) for A, D in J] for J in Js]
+    # critical: only of an L that is a sum over samples and Q networks, at the batch's (s, a) alone, convex in each Q
+    f_critic = critic_loss(actor, lambda obs, actions: qs_sa, target_critic, batch, args.gamma, alpha)
+    grads = grad(f_actor, [*theta, *qs])
+    direct, f1_q = grads[: len(theta)], grads[len(theta) :]  # f1_q: 0 at (s, a)
+    f2_q = grad(f_critic, qs_sa, create_graph=True)
+    f2_qq = grad(f2_q, qs_sa, [torch.ones_like(q) for q in qs_sa])  # D
+    grad_w = [t for J, c in zip(Js_sa, f2_q) for t in vjp(J, c.detach())]
+    Ks = [tangent_kernel(J_sa, J) for J_sa, J in zip(Js_sa, Js)]
+    Jv = [ridge_solver(K[:, :B], lam / D)(K @ c) / D for K, c, D in zip(Ks, f1_q, f2_qq)]
+    grad_theta, info = total_derivative(direct, grad(f2_q, theta, [-u for u in Jv]))
+    return f_actor.detach(), f_critic.detach(), grad_theta, grad_w, info
 
 
 def player_gradients(actor, critic, target_critic, batch, alpha, lam, args):
     """Both players' costs and gradients at the same (θ, w): f_actor, f_critic, two lists like θ and w, and info."""
-    if args.leader == "actor":
-        return actor_leads(actor, critic, target_critic, batch, alpha, lam, args)
+    if args.leader == "actor" and args.curvature == "gauss-newton":
+        return gauss_newton_gradients(actor, critic, target_critic, batch, alpha, lam, args)
+    theta, w, info = list(actor.parameters()), list(critic.parameters()), {}
     f_actor = actor_loss(actor, critic, batch, alpha)  # first, whoever leads: it draws the noise
     f_critic = critic_loss(actor, critic, target_critic, batch, args.gamma, alpha)
-    theta, w, info = list(actor.parameters()), list(critic.parameters()), {}
-    grad_theta = grad(f_actor, theta, create_graph=args.leader == "critic")
-    if args.leader == "critic":
-        grad_w, info = stackelberg_gradient(f_critic, f_actor, w, theta, lam, args.cg_iters, args.cg_tol, grad_theta)
+    if args.leader == "none":
+        grad_theta, grad_w = grad(f_actor, theta), grad(f_critic, w)
+    elif args.leader == "actor":
+        grad_w = grad(f_critic, w, create_graph=True)
+        M = gauss_newton_preconditioner(critic, batch, lam) if args.precondition else None
+        grad_theta, info = stackelberg_gradient(f_actor, f_critic, theta, w, lam, args.cg_iters, args.cg_tol, grad_w, M)
     else:
-        grad_w = grad(f_critic, w)
-    return f_actor.detach(), f_critic.detach(), [g.detach() for g in grad_theta], grad_w, info
+        grad_theta = grad(f_actor, theta, create_graph=True)
+        grad_w, info = stackelberg_gradient(f_critic, f_actor, w, theta, lam, args.cg_iters, args.cg_tol, grad_theta)
+    return f_actor.detach(), f_critic.detach(), [g.detach() for g in grad_theta], [g.detach() for g in grad_w], info
+
+
+def check_jacobian(critic, obs, actions):
+    """Refuses a critic that `jacobian_factors` gets wrong, by the value and the gradient of a random c·Q."""
+    c, w = torch.rand(len(obs), device=obs.device), list(critic.parameters())
+    Q = sum(c @ q for q in critic(obs, actions))
+    qs, Js = zip(*(jacobian_factors(q, torch.cat([obs, actions], dim=-1)) for q in critic.children()))
+    expected, found = [Q, *grad(Q, w)], [sum(c @ q for q in qs), *(t for J in Js for t in vjp(J, c))]
+    same = [t.shape for t in found] == [t.shape for t in expected]
+    if not same or (flatten(found) - flatten(expected)).norm() > 1e-3 * flatten(expected).norm():
+        stop("`jacobian_factors` is wrong for this critic: it needs --curvature hessian --no-precondition")
 
 
 # Update
-def optimizer_step(optimizer, params, grads):
+def optimizer_step(optimizer, grads):
     """One optimizer step along given gradients."""
-    for p, g in zip(params, grads):
+    for p, g in zip(optimizer.param_groups[0]["params"], grads):
         p.grad = g.detach()
     optimizer.step()
 
 
 def stackelberg_update(nets, optimizers, batches, alpha, lam, args, gradients=player_gradients):
     """One iteration of Algorithm 2 (with one batch: of Algorithm 1, (11)-(14)), and the target networks' step.
-
-    nets: actor, critic, target critic; optimizers: the actor's, the critic's; gradients: what to call,
-    `player_gradients` or its compiled form.
-    The follower takes a step on each of the batches, the leader one on the first; both first gradients are taken at
-    the same (θ_k, w_k). Every batch is a fresh sample: the follower's best response is to the whole replay buffer,
-    and m steps on one minibatch would fit that minibatch.
-    Returns the actor's and the critic's cost on the first batch, and the solver's info.
-    """
+    nets: actor, critic, target critic; optimizers: the actor's, the critic's. The follower takes a step on each batch
+    (fresh ones: it responds to the whole replay buffer), the leader one on the first. Returns both costs and info."""
     actor, critic, target_critic = nets
-    f_actor, f_critic, grad_theta, grad_w, info = gradients(*nets, batches[0], alpha, lam, args)
-    theta_step = optimizers[0], list(actor.parameters()), grad_theta
-    w_step = optimizers[1], list(critic.parameters()), grad_w
-    follower, leader = (theta_step, w_step) if args.leader == "critic" else (w_step, theta_step)
-    optimizer_step(*follower)
+    f_actor, f_critic, *grads, info = gradients(*nets, batches[0], alpha, lam, args)  # at the same (θ_k, w_k)
+    leader, follower = (1, 0) if args.leader == "critic" else (0, 1)
+    optimizer_step(optimizers[follower], grads[follower])
     for batch in batches[1:]:
-        optimizer, x2, _ = follower
-        if args.leader == "critic":
-            f2 = actor_loss(actor, critic, batch, alpha)
-        else:
-            f2 = critic_loss(actor, critic, target_critic, batch, args.gamma, alpha)
-        optimizer_step(optimizer, x2, grad(f2, x2))
-    optimizer_step(*leader)  # last: the follower's steps are all taken at the leader's old parameters
+        f2 = critic_loss(*nets, batch, args.gamma, alpha) if follower else actor_loss(actor, critic, batch, alpha)
+        optimizer_step(optimizers[follower], grad(f2, list(nets[follower].parameters())))
+    optimizer_step(optimizers[leader], grads[leader])  # last: the follower's steps are at the leader's old parameters
     with torch.no_grad():
         torch._foreach_lerp_(list(target_critic.parameters()), list(critic.parameters()), args.tau)
     return f_actor, f_critic, info
@@ -625,309 +466,184 @@ def stackelberg_update(nets, optimizers, batches, alpha, lam, args, gradients=pl
 # Evaluation
 def evaluate(actor, env, episodes, *key):
     """Undiscounted returns of `episodes` episodes of the mean policy; start states depend on `key` alone."""
-    device, returns = actor.action_scale.device, []
+    returns = []
     for episode in range(episodes):
-        obs, done = reset(env, *key, episode), False
-        while not done:
+        obs, info = reset(env, *key, episode), {}
+        while "episode" not in info:
             with torch.no_grad():
-                action = actor.mean_action(torch.as_tensor(obs, dtype=torch.float32, device=device))
-            obs, _, terminated, truncated, info = env.step(action.cpu().numpy())
-            done = terminated or truncated
+                action, _ = actor(torch.as_tensor(obs).to(actor.action_scale), deterministic=True)
+            obs, _, _, _, info = env.step(action.cpu().numpy())
         returns.append(float(info["episode"]["r"]))
     return np.array(returns)
 
 
-def evaluate_model(args):
-    """`--evaluate PATH`: plays a saved model and prints each episode's return."""
-    check_args(args)
-    torch.set_num_threads(args.num_threads)
-    state = load(args.evaluate, args, "actor")
-    env_id, hidden = state["args"]["env_id"], state["args"]["hidden"]
-    env = make_env(env_id, args.capture_video)
-    try:
-        actor = Actor(env.observation_space, env.action_space, hidden)
-        actor.load_state_dict(state["actor"])
-    except Exception as e:  # a file can hold anything
-        stop(f"{args.evaluate} holds no actor for {env_id} ({type(e).__name__})")
-    if args.capture_video:
-        env = gym.wrappers.RecordVideo(env, str(Path(args.evaluate).parent / "evaluate"), lambda e: e == 0)
-    returns = evaluate(actor, env, args.eval_episodes, args.seed, 2)
-    env.close()
-    for episode, episodic_return in enumerate(returns):
-        print(f"episode {episode + 1}: return {episodic_return:.2f}")
-    print(f"{env_id}: mean return {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes")
-
-
 # Checkpoint
 ALGORITHM = "stsac"  # marks the files that this script writes
-CHANGEABLE = set(  # when a run is carried on; all other flags decide which run it is
-    "total_timesteps resume evaluate eval_every eval_episodes checkpoint_every save_model cuda num_threads compile "
-    "torch_deterministic track wandb_project_name wandb_entity capture_video".split()
-)
 
 
 def save(path, **state):
     """Writes `state` to `path` atomically: a kill at any time leaves the old file or the new one."""
-    temporary = Path(f"{path}.tmp")
-    with open(temporary, "wb") as file:
+    with open(f"{path}.tmp", "wb") as file:
         torch.save({"algorithm": ALGORITHM, **state}, file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    os.replace(f"{path}.tmp", path)
 
 
 def load(path, args, *keys):
-    """Reads what `save` wrote: {"algorithm", "args", *keys, ...}. Stops in one line at any other file.
-
-    Never runs code: neither from the file (weights_only) nor by importing a module that only the file names.
-    """
+    """What `save` wrote. Runs no code: neither the file's (weights_only) nor a module's that only the file names."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["algorithm"] != ALGORITHM or not {"args", *keys} <= state.keys():
+        env_id = str(state["args"]["env_id"])
+        if state["algorithm"] != ALGORITHM or state["args"].keys() != vars(args).keys() or not {*keys} <= state.keys():
             raise ValueError
-        env_id, _ = str(state["args"]["env_id"]), state["args"]["hidden"]
-    except OSError as e:
-        stop(f"cannot read {path}: {e.strerror}")
-    except Exception as e:  # a damaged or foreign file can fail in any way
-        stop(f"{path} is damaged or not a {ALGORITHM} file that can be used for this ({type(e).__name__})")
+    except Exception as e:  # a file can hold anything
+        stop(f"{path} is missing, damaged or no {ALGORITHM} file that fits ({type(e).__name__})")
     if ":" in env_id and env_id != args.env_id:
         stop(f"{path} wants a module imported for its environment; to allow that, say --env-id {env_id}")
     return state
 
 
-def load_checkpoint(args):
-    """The checkpoint of the run in the folder `args.resume`."""
-    state = load(Path(args.resume) / "checkpoint.pt", args, "global_step", "rng")
-    if state["args"].keys() != asdict(args).keys():
-        stop(f"cannot resume {args.resume}: it was made by another version of {Path(__file__).name}")
-    return state
-
-
 # Training
-def new_run_dir(args):
-    """Makes the run's own folder runs/{env_id}__{exp_name}__{seed}__{unix time}."""
-    names = {"none": ALGORITHM.removeprefix("st"), "actor": f"{ALGORITHM}-al", "critic": f"{ALGORITHM}-cl"}
-    exp_name = args.exp_name or names[args.leader]
-    now = int(time.time())
-    while True:
-        try:
-            name = f"{args.env_id}__{exp_name}__{args.seed}__{now}"
-            run_dir = Path("runs") / re.sub(r"[^\w.-]", "-", name)
-            run_dir.mkdir(parents=True)
-            return run_dir
-        except FileExistsError:  # of a run that started in the same second
-            now += 1
-
-
 def train(args):
     """What the command line calls: trains (or carries on) one run and returns its folder."""
-    check_args(args)
-    if args.resume:
-        state = load_checkpoint(args)
-        for name, value in asdict(args).items():
-            if name not in CHANGEABLE and state["args"][name] != value:
-                stop(f"cannot resume {args.resume}: its {name} is {state['args'][name]!r}, not {value!r}")
-    torch.set_num_threads(args.num_threads)
+    torch.set_num_threads(1)  # networks of this size hardly gain by more, and runs side by side lose
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
-    gradients = player_gradients
-    if args.compile:
-        torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad inside a compiled function
-        # "fallback_random": noise from torch's generator, as without --compile
-        compiled = torch.compile(player_gradients, fullgraph=True, options={"fallback_random": True})
-
-        def gradients(*inputs):  # a number would be compiled in, a tensor may change
-            return compiled(*(torch.tensor(x) if isinstance(x, float) else x for x in inputs))
-
-        try:
-            torch.compile(torch.sin, fullgraph=True)(torch.ones(2, device=device))
-        except Exception as e:  # no compiler, or one that does not work
-            stop(f"--compile needs a working C++ compiler: {str(e).strip().splitlines()[0]}")
-    if args.track:
-        try:
-            import wandb
-        except ImportError:
-            stop("--track needs Weights and Biases: pip install wandb")
-
-    env, eval_env = make_env(args.env_id), make_env(args.env_id, args.capture_video)
+    env = make_env(args.env_id)
     spaces = env.observation_space, env.action_space
     actor, critic, target_critic = nets = [net(*spaces, args.hidden).to(device) for net in (Actor, Critic, Critic)]
-    target_critic.load_state_dict(critic.state_dict())
-    target_critic.requires_grad_(False)
-    actor_optimizer = torch.optim.Adam(list(actor.parameters()), lr=args.policy_lr, fused=True)
-    q_optimizer = torch.optim.Adam(list(critic.parameters()), lr=args.q_lr, fused=True)
-    optimizers = actor_optimizer, q_optimizer
-    log_alpha = nn.Parameter(torch.zeros(1, device=device))
-    alpha_optimizer = torch.optim.Adam([log_alpha], lr=args.q_lr, fused=True)
-    try:
-        buffer = ReplayBuffer(args.buffer_size, *spaces, device)
-    except (MemoryError, RuntimeError):
-        stop(f"--buffer-size {args.buffer_size} does not fit into memory")
-    parts = {"actor": actor, "critic": critic, "target_critic": target_critic, "buffer": buffer}
-    parts |= {"actor_optimizer": actor_optimizer, "q_optimizer": q_optimizer, "alpha_optimizer": alpha_optimizer}
-    start, episode, log_size = 0, 0, 0
+    target_critic.requires_grad_(False).load_state_dict(critic.state_dict())
+    log_alpha = nn.ParameterList([torch.zeros(1, device=device)])
+    players = (actor, args.policy_lr), (critic, args.q_lr), (log_alpha, args.q_lr)
+    *optimizers, alpha_optimizer = [torch.optim.Adam(list(x.parameters()), lr=lr, fused=True) for x, lr in players]
+    buffer = ReplayBuffer(args.buffer_size, *spaces, device)
+    if args.leader == "actor" and (args.precondition or args.curvature == "gauss-newton"):
+        check_jacobian(critic, *(torch.rand_like(column[:8]) for column in buffer.data[:2]))
+    gradients = player_gradients
+    if args.compile:  # "fallback_random": noise from torch's generator, as without --compile
+        torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad inside a compiled function
+        gradients = torch.compile(player_gradients, fullgraph=True, options={"fallback_random": True})
+    exp_name = args.exp_name or {"none": "sac", "actor": "stsac-al", "critic": "stsac-cl"}[args.leader]
+    run_name = re.sub(r"[^\w.-]", "-", f"{args.env_id}__{exp_name}__{args.seed}__{time.time_ns() // 1000}")
+    run_dir = Path(args.resume or f"runs/{run_name}")
+    parts = {"actor": actor, "critic": critic, "target_critic": target_critic, "log_alpha": log_alpha, "buffer": buffer}
+    parts |= {"actor_optimizer": optimizers[0], "q_optimizer": optimizers[1], "alpha_optimizer": alpha_optimizer}
+    start, episode, log_size, totals = 0, 0, 0, {}
     if args.resume:
-        try:
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
-            log_alpha.data.copy_(state["log_alpha"])
-            start, episode, log_size = (int(state[name]) for name in ("global_step", "episode", "log_size"))
-            if not (start >= len(buffer) > 0 and episode >= 0 and log_size >= 0):
-                raise ValueError("its counters are impossible")
-            torch.set_rng_state(state["rng"])
-            if device.type == "cuda" and state["cuda_rng"] is not None:
-                torch.cuda.set_rng_state(state["cuda_rng"])
-        except Exception as e:  # a file can hold anything
-            stop(f"cannot resume {args.resume}: its checkpoint is not of this run ({' '.join(str(e).split())})")
-        del state  # the buffer is in memory twice until here
-        if args.total_timesteps < start:
-            stop(f"cannot resume {args.resume}: it is at step {start}, --total-timesteps is {args.total_timesteps}")
-    alpha = log_alpha.exp().item() if args.autotune else args.alpha
-
-    run_dir = Path(args.resume) if args.resume else new_run_dir(args)
-    if args.capture_video:
-        first = lambda e: e % args.eval_episodes == 0  # noqa: E731
-        eval_env = gym.wrappers.RecordVideo(eval_env, str(run_dir / "videos"), first, name_prefix=f"eval-{start}")
+        state, names = load(run_dir / "checkpoint.pt", args, "rng"), list(vars(args))
+        for name in ["seed", "env_id", *names[names.index("buffer_size") :]]:  # what makes it that run
+            if state["args"][name] != getattr(args, name):
+                stop(f"cannot resume {run_dir}: its {name} is {state['args'][name]}, not {getattr(args, name)}")
+        start, episode, log_size, totals = (state[x] for x in ("global_step", "episode", "log_size", "totals"))
+        if start > args.total_timesteps:
+            stop(f"cannot resume {run_dir}: it is at step {start}, beyond --total-timesteps")
+        for name, part in parts.items():
+            part.load_state_dict(state.pop(name))
+        torch.set_rng_state(state["rng"])
+        torch.cuda.set_rng_state_all(state["cuda_rng"])
+    eval_env = make_env(args.env_id, args.capture_video and run_dir / f"videos/from-{start}", args.eval_episodes)
     if args.track:
-        run = {"name": run_dir.name, "id": run_dir.name, "resume": "allow", "config": asdict(args), "save_code": True}
+        import wandb
+
+        run = {"name": run_dir.name, "id": run_dir.name, "resume": "allow", "config": vars(args), "save_code": True}
         wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True, **run)
-    # a killed run wrote things after its checkpoint, which will be written again
-    writer = SummaryWriter(str(run_dir), purge_step=start + 1 if args.resume else None)
+    writer = SummaryWriter(str(run_dir), purge_step=start + 1, flush_secs=10)  # a kill's leftovers are written again
+    table = ["|param|value|", "|-|-|", *(f"|{name}|{value}|" for name, value in vars(args).items())]
+    writer.add_text("hyperparameters", "\n".join(table), start)
     log = open(run_dir / "log.txt", "a")
-    log.truncate(min(log_size, log.tell()))
-    if not args.resume:
-        table = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
-        writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
-        print(run_dir, flush=True)
-
-    def abort(message):
-        writer.close()
-        stop(f"step {global_step}: {message}; the last good checkpoint, if there is one, is in {run_dir}", 1)
-
-    def speed():  # steps per second since the first updates, evaluations not counted
-        return int((global_step - timer_step) / (time.perf_counter() - timer_start))
-
-    obs = reset(env, args.seed, 0, episode)
-    checkpoint_step, updates, counted, totals, shown = start, 0, 0, {}, {}
-    timer_start, timer_step = time.perf_counter(), start
-    form = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"  # SPS, not the bar's own rate
-    bar = tqdm(total=args.total_timesteps, initial=start, disable=None, dynamic_ncols=True, bar_format=form)
-    for global_step in range(start + 1, args.total_timesteps + 1):
-        with torch.no_grad():
-            if global_step <= args.start_steps:  # not action_space.sample(): environments may share that generator
-                action = actor.action_bias + actor.action_scale * (2 * torch.rand_like(actor.action_scale) - 1)
-            else:
-                action, _ = actor.get_action(torch.as_tensor(obs, dtype=torch.float32, device=device))
-        action = action.cpu().numpy()
-        if not np.isfinite(action).all():
-            abort("the policy's action is not finite")
-        next_obs, reward, terminated, truncated, info = env.step(action)
-        if not np.abs(np.concatenate([obs, next_obs, [reward]])).max() <= np.finfo(np.float32).max:
-            abort("the environment returned an observation or a reward that is not finite (in float32)")
+    log.seek(log.truncate(log_size))
+    print(run_dir, flush=True)
+    obs, checkpoint_step, timer = reset(env, args.seed, 0, episode), start, time.perf_counter()
+    steps = range(start + 1, args.total_timesteps + 1)
+    for global_step in tqdm(steps, initial=start, total=args.total_timesteps, disable=None, dynamic_ncols=True):
+        if global_step <= args.start_steps:  # not action_space.sample(): environments may share that generator
+            action = actor.action_bias + actor.action_scale * (2 * torch.rand_like(actor.action_scale) - 1)
+        else:
+            action, _ = actor(torch.as_tensor(obs).to(actor.action_scale))
+        action = action.detach().cpu().numpy()
+        next_obs, reward, terminated, _, info = env.step(action)
+        if not np.abs([*obs, *action, *next_obs, reward]).max() <= np.finfo(np.float32).max:
+            stop(f"step {global_step}: an action, an observation or the reward is not finite (in float32)", 1)
         buffer.add(obs, action, reward, next_obs, terminated)
         obs = np.array(next_obs)
-
         if global_step >= args.learning_starts:
             batches = [buffer.sample(args.batch_size) for _ in range(args.unroll)]
-            lam = args.lam * math.exp(-global_step / args.lam_decay) if args.lam_decay else args.lam
+            alpha = log_alpha[0].detach().exp() if args.autotune else torch.tensor(args.alpha)
+            lam = torch.tensor(args.lam * math.exp(-global_step / (args.lam_decay or math.inf)))
             f_actor, f_critic, solve = stackelberg_update(nets, optimizers, batches, alpha, lam, args, gradients)
             if not (f_actor + f_critic).isfinite():
-                abort("a loss is not finite")
+                stop(f"step {global_step}: a loss is not finite", 1)
+            losses = {"actor_loss": f_actor, "alpha": alpha}
             if args.autotune:
-                with torch.no_grad():
-                    _, log_prob = actor.get_action(batches[0].obs)
-                alpha_loss = (-log_alpha.exp() * (log_prob - math.prod(env.action_space.shape))).mean()
-                optimizer_step(alpha_optimizer, [log_alpha], grad(alpha_loss, [log_alpha]))
-                alpha = log_alpha.exp().item()
-            totals = {name: totals.get(name, 0) + value for name, value in solve.items()}
-            updates, counted = updates + 1, counted + 1
-            if updates == 10:  # steps without updates do not count, and the first updates are slow
-                timer_start, timer_step = time.perf_counter(), global_step
-
-        if global_step % 100 == 0 and updates:
-            with torch.no_grad():
+                _, log_prob = actor(batches[0].obs)
+                alpha_loss = (-log_alpha[0].exp() * (log_prob.detach() - math.prod(env.action_space.shape))).mean()
+                optimizer_step(alpha_optimizer, grad(alpha_loss, list(log_alpha)))
+                losses["alpha_loss"] = alpha_loss
+            for name, value in solve.items():
+                name = f"cg_{name}" if name in ("residual", "iterations") else name
+                totals[name] = totals.get(name, 0) + value
+            if global_step % 100 == 0:
                 q1, q2 = critic(batches[0].obs, batches[0].actions)
                 y = td_target(actor, target_critic, batches[0], args.gamma, alpha)
-            qf1_loss, qf2_loss = F.mse_loss(q1, y), F.mse_loss(q2, y)
-            scalars = {
-                "losses/qf1_values": q1.mean(),
-                "losses/qf2_values": q2.mean(),
-                "losses/qf1_loss": qf1_loss,
-                "losses/qf2_loss": qf2_loss,
-                "losses/qf_loss": (qf1_loss + qf2_loss) / 2,
-                "losses/actor_loss": f_actor,
-                "losses/alpha": alpha,
-            }
-            if updates > 10:
-                scalars["charts/SPS"] = shown["SPS"] = speed()
-            if args.autotune:
-                scalars["losses/alpha_loss"] = alpha_loss.detach()
-            if args.leader != "none":  # means over the updates since the last time
-                for name, total in totals.items():
-                    name = f"cg_{name}" if name in ("residual", "iterations") else name
-                    scalars[f"stackelberg/{name}"] = total / counted
-                scalars["stackelberg/lam"] = lam
-            for name, value in scalars.items():
-                writer.add_scalar(name, float(value), global_step)
-            totals, counted = {}, 0
-            bar.set_postfix(shown, refresh=False)
-        bar.update()
+                losses |= {"qf1_values": q1, "qf2_values": q2, "qf1_loss": (q1 - y) ** 2, "qf2_loss": (q2 - y) ** 2}
+                losses["qf_loss"] = (losses["qf1_loss"] + losses["qf2_loss"]) / 2
+                scalars = {f"losses/{name}": value.mean() for name, value in losses.items()}
+                updates = min(100, global_step - args.learning_starts + 1)
+                scalars |= {f"stackelberg/{name}": total / updates for name, total in totals.items()}
+                scalars |= {"stackelberg/lam": lam} if solve else {}
+                scalars["charts/SPS"] = (global_step - start) / (time.perf_counter() - timer)
+                for name, value in scalars.items():
+                    writer.add_scalar(name, value, global_step)
+                totals = {}
 
         if global_step % args.eval_every == 0:
-            sps, paused = speed(), time.perf_counter()
-            returns = evaluate(actor, eval_env, args.eval_episodes, args.seed, 1, global_step)
-            timer_start += time.perf_counter() - paused
-            writer.add_scalar("eval/episodic_return", returns.mean(), global_step)
-            writer.add_scalar("eval/episodic_return_std", returns.std(), global_step)
-            line = f"step {global_step}: eval return {returns.mean():.2f} ± {returns.std():.2f}"
-            line += f" ({args.eval_episodes} episodes), {sps} steps/s"
+            scores = evaluate(actor, eval_env, args.eval_episodes, args.seed, 1, global_step)
+            writer.add_scalar("eval/episodic_return", scores.mean(), global_step)
+            writer.add_scalar("eval/episodic_return_std", scores.std(), global_step)
+            line = f"step {global_step}: eval return {scores.mean():.2f} ± {scores.std():.2f} ({len(scores)} episodes)"
             tqdm.write(line)
             print(line, file=log, flush=True)
-            shown["eval"] = f"{returns.mean():.1f}"
 
-        if terminated or truncated:
+        if "episode" in info:
             writer.add_scalar("charts/episodic_return", info["episode"]["r"], global_step)
             writer.add_scalar("charts/episodic_length", info["episode"]["l"], global_step)
-            shown["return"] = f"{info['episode']['r']:.1f}"
             episode += 1
             if global_step - checkpoint_step >= args.checkpoint_every:
-                if not all(p.isfinite().all() for p in [*actor.parameters(), *critic.parameters()]):
-                    abort("a parameter is not finite")
+                if not flatten([*actor.parameters(), *critic.parameters()]).isfinite().all():
+                    stop(f"step {global_step}: a parameter is not finite", 1)
                 writer.flush()
-                state = {name: part.state_dict() for name, part in parts.items()}
-                state |= {"args": asdict(args), "global_step": global_step, "episode": episode, "log_size": log.tell()}
-                state |= {"log_alpha": log_alpha.data, "rng": torch.get_rng_state()}
-                state["cuda_rng"] = torch.cuda.get_rng_state() if device.type == "cuda" else None
-                save(run_dir / "checkpoint.pt", **state)
-                del state
+                state = {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all(), "args": vars(args)}
+                state |= {"global_step": global_step, "episode": episode, "log_size": log.tell(), "totals": totals}
+                save(run_dir / "checkpoint.pt", **state, **{name: part.state_dict() for name, part in parts.items()})
                 checkpoint_step = global_step
             obs = reset(env, args.seed, 0, episode)
 
     if args.save_model:
-        save(run_dir / "model.pt", args=asdict(args), actor=actor.state_dict(), critic=critic.state_dict())
-    bar.close()
+        save(run_dir / "model.pt", args=vars(args), actor=actor.state_dict(), critic=critic.state_dict())
     writer.close()
-    log.close()
-    env.close()
     eval_env.close()
-    if args.track:
-        wandb.finish()
     return run_dir
 
 
 def main():
     """The command line."""
     args = tyro.cli(Args, description=__doc__)
-    if args.evaluate:
-        evaluate_model(args)
-        return
     if args.resume:  # the defaults are now the run's own flags
-        args = tyro.cli(Args, description=__doc__, default=Args(**load_checkpoint(args)["args"]))
-    try:
-        train(args)
-    except KeyboardInterrupt:
-        stop("interrupted; carry on with --resume and the run's folder", 130)
+        state = load(Path(args.resume) / "checkpoint.pt", args, "rng")
+        args = tyro.cli(Args, description=__doc__, default=Args(**state["args"]))
+    check_args(args)
+    if not args.evaluate:
+        return train(args)
+    state = load(args.evaluate, args, "actor")
+    env = make_env(state["args"]["env_id"], args.capture_video and Path(args.evaluate).parent / "evaluate", 10**9)
+    actor = Actor(env.observation_space, env.action_space, state["args"]["hidden"])
+    actor.load_state_dict(state["actor"])
+    returns = evaluate(actor, env, args.eval_episodes, args.seed, 2)
+    env.close()
+    print(*(f"episode {k}: return {episodic_return:.2f}" for k, episodic_return in enumerate(returns, 1)), sep="\n")
+    print(f"mean return {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes")
 
 
 if __name__ == "__main__":

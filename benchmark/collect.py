@@ -48,7 +48,9 @@ def measure(env_id, unroll):
         seconds["collect"].append(duration)
         trajectory = batch.trajectory.numpy()
         starts = np.append(True, trajectory[1:] != trajectory[:-1])
-        actions = [stac_ac.clip(action, env.action_space) for action in batch.actions.numpy()]
+        actions = batch.actions.numpy()
+        if not actor.discrete:
+            actions = actions.clip(bare.action_space.low, bare.action_space.high)
         seconds["bare"].append(timed(play, bare, actions, starts)[0])
         for leader in ("none", "actor"):
             args = stac_ac.Args(leader=leader, unroll=unroll, lam=0.0 if actor.discrete else 500.0)

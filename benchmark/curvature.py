@@ -65,8 +65,12 @@ def load(run):
 def implicit_term(script, nets, batch, lam, args, seed):
     """The implicit term, flat, and the solver's info."""
     alpha = (args.alpha,) if script.__name__ == "stsac" else ()
+    actor, critic, target_critic = nets
+    target_actor = () if script.__name__ == "stsac" else (actor,)  # what an actor that leads has no use for
     torch.manual_seed(seed)
-    _, _, total, _, info = script.actor_leads(*nets, batch, *alpha, lam, args)
+    _, _, total, _, info = script.player_gradients(
+        actor, critic, *target_actor, target_critic, batch, *alpha, lam, args
+    )
     torch.manual_seed(seed)  # the same noise in the policy
     direct = script.grad(script.actor_loss(*nets[:2], batch, *alpha), list(nets[0].parameters()))
     return script.flatten(total) - script.flatten(direct), info

@@ -50,11 +50,6 @@ class Rendering(Point):
         return np.full((64, 64, 3), int(127 + 60 * self.position[0]), np.uint8)
 
 
-class NoOpenGL(Rendering):
-    def render(self):
-        raise RuntimeError("no OpenGL here")
-
-
 class BadReset(Point):
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
@@ -105,7 +100,6 @@ gym.register("PointHuge-v0", Point, max_episode_steps=20, kwargs={"spoil": {150:
 gym.register("PointBadReset-v0", BadReset, max_episode_steps=20)
 gym.register("PointRendering-v0", Rendering, max_episode_steps=20)
 gym.register("PointInPlace-v0", Point, max_episode_steps=20, kwargs={"in_place": True})
-gym.register("PointNoOpenGL-v0", NoOpenGL, max_episode_steps=20)
 gym.register("PointSmall-v0", Small, max_episode_steps=20)
 gym.register("PointNoFixedSize-v0", NoFixedSize, max_episode_steps=20)
 gym.register("PointTimeout-v0", Point, max_episode_steps=1000, kwargs={"reward": 1.0})

@@ -440,7 +440,7 @@ def test_the_flags_that_plain_versions_may_have_differently(script):
     fields = [field.name for field in dataclasses.fields(script.Args)]
     game = set(fields[fields.index("leader") :]) - {"unroll"}  # `none` takes m follower steps, too
     assert plot.GAME & set(fields) == game
-    assert plot.NEUTRAL & set(fields) == script.CHANGEABLE | {"exp_name", "seed"}
+    assert plot.NEUTRAL & set(fields) == {*fields[: fields.index("env_id")], "total_timesteps"}
 
 
 def test_smoothing():

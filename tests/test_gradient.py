@@ -211,7 +211,7 @@ def test_target_is_the_papers():
     torch.manual_seed(3)
     y = stsac.td_target(game.actor, game.target_critic, b, GAMMA, ALPHA)
     torch.manual_seed(3)
-    actions, log_prob = game.actor.get_action(b.next_obs)
+    actions, log_prob = game.actor(b.next_obs)
     q = torch.stack(game.target_critic(b.next_obs, actions)).amin(0)
     assert y.shape == (12,) and b.terminated.any() and not b.terminated.all()
     for i in range(12):
@@ -224,7 +224,7 @@ def test_actor_reaches_only_the_smaller_critic():
     game = Game(stsac)
     torch.manual_seed(1)
     with torch.no_grad():
-        actions, log_prob = game.actor.get_action(game.batch.obs)
+        actions, log_prob = game.actor(game.batch.obs)
     q1, q2 = game.critic(game.batch.obs, actions)
     first = q1 < q2
     assert first.any() and not first.all()
@@ -239,9 +239,11 @@ def test_log_prob_is_a_density():
     actor = stsac.Actor(Box(-1.0, 1.0, (3,)), Box(low, high, (1,)), (8,)).double()
     obs = torch.randn(3).double().expand(4000, 3)
     with torch.no_grad():
-        mean, log_std = actor(obs[0])
-        action, log_prob = actor.get_action(obs)
+        mean, log_std = actor.net(obs[0]).chunk(2)
+        action, log_prob = actor(obs)
         assert ((low <= action) & (action <= high)).all()
+        mode, _ = actor(obs, deterministic=True)
+        torch.testing.assert_close(mode[0], torch.tanh(mean) * actor.action_scale + actor.action_bias)
 
         def density(a):
             u = torch.atanh((a - actor.action_bias) / actor.action_scale)
