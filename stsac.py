@@ -558,13 +558,14 @@ def train(args):
     obs, checkpoint_step, timer = reset(env, args.seed, 0, episode), start, time.perf_counter()
     steps = range(start + 1, args.total_timesteps + 1)
     for global_step in tqdm(steps, initial=start, total=args.total_timesteps, disable=None, dynamic_ncols=True):
-        if global_step <= args.start_steps:  # not action_space.sample(): environments may share that generator
-            action = actor.action_bias + actor.action_scale * (2 * torch.rand_like(actor.action_scale) - 1)
-        else:
-            action, _ = actor(torch.as_tensor(obs).to(actor.action_scale))
-        action = action.detach().cpu().numpy()
+        with torch.no_grad():
+            if global_step <= args.start_steps:  # not action_space.sample(): environments may share that generator
+                action = actor.action_bias + actor.action_scale * (2 * torch.rand_like(actor.action_scale) - 1)
+            else:
+                action, _ = actor(torch.as_tensor(obs, dtype=torch.float32, device=device))
+        action = action.cpu().numpy()
         next_obs, reward, terminated, _, info = env.step(action)
-        if not np.abs([*obs, *action, *next_obs, reward]).max() <= np.finfo(np.float32).max:
+        if not np.abs(np.concatenate([obs, action, next_obs, [reward]])).max() <= np.finfo(np.float32).max:
             stop(f"step {global_step}: an action, an observation or the reward is not finite (in float32)", 1)
         buffer.add(obs, action, reward, next_obs, terminated)
         obs = np.array(next_obs)
@@ -605,7 +606,6 @@ def train(args):
             line = f"step {global_step}: eval return {scores.mean():.2f} ± {scores.std():.2f} ({len(scores)} episodes)"
             tqdm.write(line)
             print(line, file=log, flush=True)
-
         if "episode" in info:
             writer.add_scalar("charts/episodic_return", info["episode"]["r"], global_step)
             writer.add_scalar("charts/episodic_length", info["episode"]["l"], global_step)

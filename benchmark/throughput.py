@@ -2,6 +2,7 @@
 
     python benchmark/throughput.py runs/Walker2d-v4__stddpg-al__1__1700000000 runs/Walker2d-v4__stsac-al__1__1700000001
     python benchmark/throughput.py RUN... --sb3      # with Stable-Baselines3's DDPG and SAC: pip install -e ".[sb3]"
+    python benchmark/throughput.py RUN --against OLD_CHECKOUT --against-run OLD_RUN     # two versions of a script
 
 A run is a folder with a checkpoint, because what a Stackelberg update costs depends on the state of training (early
 on, conjugate gradient needs fewer iterations). From this one checkpoint every contestant carries on with `train` of the
@@ -10,7 +11,7 @@ with one update, in one process on one thread, because a machine's speed drifts.
 table has medians and ranges over the rounds; a ratio is the median of the ratios within a round.
 """
 
-import importlib
+import importlib.util
 import sys
 import tempfile
 import threading
@@ -39,6 +40,10 @@ class Args:
     """with the compiled contestants"""
     sb3: bool = False
     """with Stable-Baselines3's DDPG and SAC, the same batch, networks and rates"""
+    against: Path | None = None
+    """a folder with another version of the scripts, whose contestants take turns with these"""
+    against_run: Path | None = None
+    """a run of that version, best with the same state of training as RUN"""
 
 
 GAUSS_NEWTON = {"leader": "actor", "curvature": "gauss-newton"}
@@ -57,17 +62,26 @@ CONTESTANTS = [  # what the table says, and the flags; a compiled solve takes al
 ]
 
 
+def load_script(name, folder):
+    """The script `name` in a folder, as a module of its own."""
+    spec = importlib.util.spec_from_file_location(f"{name} in {folder}", Path(folder) / f"{name}.py")
+    sys.modules[spec.name] = script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
+
+
 class Training(threading.Thread):
     """Training that is carried on from a checkpoint, `steps` steps at a time, on its own thread."""
 
-    def __init__(self, run, folder, flags, steps):
+    def __init__(self, run, folder, flags, steps, scripts):
         super().__init__(daemon=True)
+        self.run_folder = run
         state = torch.load(run / "checkpoint.pt", weights_only=True)
         never = {"total_timesteps": 10**9, "eval_every": 10**9, "checkpoint_every": 10**9, "save_model": False}
         defaults = {"curvature": "hessian", "precondition": True, "cg_iters": 10, "cg_tol": 1e-3}
+        self.script = load_script(state["algorithm"], scripts)
         state["args"] |= defaults | flags | never
         torch.save(state, folder / "checkpoint.pt")
-        self.script = importlib.import_module(state["algorithm"])
         self.args = self.script.Args(**state["args"] | {"resume": str(folder)})
         self.steps, self.count, self.iterations = steps, 0, []
         self.go, self.done = threading.Event(), threading.Event()
@@ -130,18 +144,23 @@ def main():
     torch.set_num_threads(1)
     contestants, labels = [], []
     with tempfile.TemporaryDirectory() as folder:
-        for run in args.runs:
-            for leader, curvature, compiled, flags in CONTESTANTS:
+        versions = [(run, "", Path(__file__).parent.parent) for run in args.runs]
+        if args.against:
+            versions.append((args.against_run, "before", args.against))
+        for leader, curvature, compiled, flags in CONTESTANTS:
+            for run, version, scripts in versions:  # two versions of one contestant, one after the other
                 if compiled and not args.compile:
                     continue
                 copy = Path(folder) / str(len(contestants))
                 copy.mkdir()
-                contestants.append(Training(run, copy, flags | {"compile": compiled}, args.steps))
-                labels.append((contestants[-1].script.__name__, leader, curvature, compiled))
-            if args.sb3:
-                algorithm = labels[-1][0].removeprefix("st").upper()
-                contestants.append(StableBaselines(algorithm, contestants[-1].args.env_id, args.steps))
-                labels.append((labels[-1][0], "none", f"Stable-Baselines3's {algorithm}", False))
+                contestants.append(Training(run, copy, flags | {"compile": compiled}, args.steps, scripts))
+                script = Path(contestants[-1].script.__file__).stem
+                labels.append((f"{script} {version}".strip(), leader, curvature, compiled))
+        for run in args.runs if args.sb3 else ():
+            mine = next(contestant for contestant in contestants if contestant.run_folder == run)
+            algorithm = mine.script.ALGORITHM.removeprefix("st").upper()
+            contestants.append(StableBaselines(algorithm, mine.args.env_id, args.steps))
+            labels.append((mine.script.ALGORITHM, "none", f"Stable-Baselines3's {algorithm}", False))
         results = []
         for k in range(args.rounds + 1):
             results.append([contestant.turn() for contestant in contestants])
@@ -159,6 +178,14 @@ def main():
         cg = "" if np.isnan(iterations[:, i]).any() else f"{np.median(iterations[:, i]):.1f}"
         cells = script, leader, curvature, "yes" if compiled else "", median, ratio, ratio_compiled, cg
         print(f"| {' | '.join(cells)} |")
+    for i, (script, *contestant) in enumerate(labels):
+        before = reference.get((f"{script} before", *contestant))
+        if before is not None:
+            ratios = speed[:, i] / speed[:, before]
+            name = ", ".join(
+                str(part) for part in (script, *contestant[:2], "compiled" if contestant[2] else "eager") if part
+            )
+            print(f"{name}: {np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f}) of the speed before")
 
 
 if __name__ == "__main__":
