@@ -4,9 +4,9 @@
 # ///
 """Stackelberg deep deterministic policy gradient (STDDPG-AL, STDDPG-CL) and plain DDPG in one file.
 
-Zheng et al., Stackelberg Actor-Critic: Game-Theoretic Reinforcement Learning Algorithms, 2021; numbers in parentheses
-are its equations. The actor (θ) minimises -J(θ, w), the critic (w) L(θ, w), and the leader follows the total derivative
-of its cost through the other's best response. Everything else is DDPG.
+Zheng, Fiez, Alumbaugh, Chasnov, Ratliff: Stackelberg Actor-Critic: Game-Theoretic Reinforcement Learning Algorithms,
+2021. Numbers in parentheses are its equations. The actor (θ) minimises -J(θ, w), the critic (w) L(θ, w), and the leader
+follows the total derivative of its cost through the other's best response. Everything else is DDPG.
 
     python stddpg.py --env-id Hopper-v4 --leader actor --lam 500     # STDDPG-AL; critic: STDDPG-CL, none: DDPG
     python stddpg.py --resume runs/Hopper-v4__stddpg-al__1__1700000000

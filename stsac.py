@@ -4,9 +4,9 @@
 # ///
 """Stackelberg soft actor-critic (STSAC-AL, STSAC-CL) and plain SAC in one file.
 
-Zheng et al., Stackelberg Actor-Critic: Game-Theoretic Reinforcement Learning Algorithms, 2021; numbers in parentheses
-are its equations. The actor (θ) minimises -J(θ, w), the critic (w) L(θ, w), and the leader follows the total derivative
-of its cost through the other's best response. Everything else is SAC.
+Zheng, Fiez, Alumbaugh, Chasnov, Ratliff: Stackelberg Actor-Critic: Game-Theoretic Reinforcement Learning Algorithms,
+2021. Numbers in parentheses are its equations. The actor (θ) minimises -J(θ, w), the critic (w) L(θ, w), and the leader
+follows the total derivative of its cost through the other's best response. Everything else is SAC.
 
     python stsac.py --env-id Walker2d-v4 --leader actor --lam 500     # STSAC-AL; critic: STSAC-CL, none: SAC
     python stsac.py --resume runs/Walker2d-v4__stsac-al__1__1700000000

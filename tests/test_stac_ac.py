@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 from gymnasium.spaces import Box, Discrete
 from test_training import assert_same_weights, command, finish, flags, here, scalars  # noqa: F401, a fixture
 
@@ -327,6 +328,21 @@ class TestCollect:
             assert ((samples.mean(0) - policy.mean).abs() < 5 * std / n**0.5).all()
             torch.testing.assert_close(samples.std(0), std, rtol=0.03, atol=0)
             assert policy.log_prob(samples).shape == (n,)
+
+    @pytest.mark.parametrize(
+        "between", [nn.ReLU, nn.SiLU, nn.Tanh, lambda: nn.LayerNorm(8)], ids="ReLU SiLU tanh norm".split()
+    )
+    def test_the_numpy_sampler_is_any_policy(self, between, monkeypatch):
+        """Somebody swaps the activation in `mlp`, and nothing else: a Gaussian without noise is its mean."""
+
+        def mlp(n_in, n_hidden, n_out):
+            return nn.Sequential(nn.Linear(n_in, n_hidden), between(), nn.Linear(n_hidden, n_out))
+
+        monkeypatch.setattr(stac_ac, "mlp", mlp)
+        actor = stac_ac.Actor(Box(-1.0, 1.0, (3,)), Box(-1.0, 1.0, (2,)), (8,))
+        actor.log_std.data.fill_(-math.inf)
+        obs = torch.randn(3)
+        torch.testing.assert_close(torch.from_numpy(actor.sampler(1)(obs.numpy(), 0)), actor.net(obs).detach())
 
 
 class TestEstimates:
