@@ -148,7 +148,7 @@ def make_env(env_id, video_folder=None, video_every=1):
 
 
 def reset(env, *key):
-    """Starts an episode whose randomness depends on `key` alone: between two there is no simulator state to save."""
+    """Starts an episode whose randomness depends on `key` alone: a checkpoint between two needs no simulator state."""
     obs, _ = env.reset(seed=int(np.random.SeedSequence(key).generate_state(1)[0]))
     return np.array(obs)  # a copy: some environments change their array in place
 
@@ -375,8 +375,9 @@ def critic_surrogate(critic, batch, score, returns, mc_advantages, gamma, start_
 # Solver
 def conjugate_gradient(matvec, b, max_iters, tol, preconditioner=None):
     """x ≈ A⁻¹b, [n], for a symmetric A (matvec: v -> Av) by conjugate gradient from 0, until ‖b - Ax‖ ≤ tol ‖b‖.
-    At pᵀAp ≤ 0 (A is not positive definite) or a number that is not finite it keeps the last good x, and with a
-    preconditioner (r -> Mr, M ≈ A⁻¹) it is never worse than Mb. Info: tensors, the residual relative, inf if broken."""
+    At pᵀAp ≤ 0 (A is not positive definite) or a number that is not finite it keeps the last good x, 0 at first; with a
+    preconditioner (r -> Mr, M ≈ A⁻¹) Mb, if there is none or Mb's residual is smaller. Info: tensors; the residual is
+    relative, inf after a number that was not finite."""
     eps = torch.finfo(b.dtype).eps
     tol = max(tol, eps)  # the recursion for r goes on shrinking below rounding, where it means nothing
     x, r, p, b_norm = torch.zeros_like(b), b, b, b.norm()
@@ -396,10 +397,10 @@ def conjugate_gradient(matvec, b, max_iters, tol, preconditioner=None):
         if k == 0 and preconditioner is not None:
             Mb, Mb_residual = p, (b - Ap).norm() / b_norm
         pAp = p @ Ap
-        curvature, alpha = pAp / (p @ p), rz / pAp
+        curvature, step = pAp / (p @ p), rz / pAp
         max_curvature = torch.maximum(max_curvature, curvature)
         flat = active & curvature.isfinite() & (curvature <= eps * max_curvature)
-        x_new, r_new = x + alpha * p, r - alpha * Ap
+        x_new, r_new = x + step * p, r - step * Ap
         good = active & ~flat & (x_new.sum() + r_new.sum()).isfinite()  # sums: faster than to look at each number
         negative_curvature, iterations = negative_curvature | flat, iterations + good
         x, r = torch.where(good, x_new, x), torch.where(good, r_new, r)
@@ -432,7 +433,8 @@ def total_derivative(direct, implicit):
 def stackelberg_gradient(f1, f2, x1, x2, lam, cg_iters, cg_tol, grad2_f2=None, preconditioner=None):
     """The leader's total derivative ∇₁f1 - (∇₂₁f2)ᵀ (∇₂²f2 + λI)⁻¹ ∇₂f1: (15), (16), regularized as in Section 4.5.
     f1, f2: the leader's and the follower's cost, scalars with their graphs; x1, x2: their lists of parameters;
-    grad2_f2: ∇₂f2 with its graph, if the caller has it. Returns a list of tensors like x1, and info."""
+    grad2_f2: ∇₂f2 with its graph, if the caller has it. Returns a list of tensors like x1, and info. (For the critic as
+    leader Algorithm 2 prints ∇_θ²J + λI; the follower's cost is -J, so it is ∇_θ²(-J) + λI here.)"""
     grads = grad(f1, [*x1, *x2])
     direct, grad2_f1 = grads[: len(x1)], flatten(grads[len(x1) :])
     grad2_f2 = flatten(grad(f2, x2, create_graph=True) if grad2_f2 is None else grad2_f2)
@@ -565,7 +567,7 @@ def train(args):
     table = ["|param|value|", "|-|-|", *(f"|{name}|{value}|" for name, value in vars(args).items())]
     writer.add_text("hyperparameters", "\n".join(table), start)
     log = open(run_dir / "log.txt", "a")
-    log.seek(log.truncate(log_size))
+    log.seek(log.truncate(log_size))  # drops what was logged after the checkpoint
     print(run_dir, flush=True)
 
     checkpoint_step, timer, end = start, time.perf_counter(), args.total_timesteps // args.num_steps * args.num_steps
@@ -602,7 +604,8 @@ def train(args):
 
         if global_step - checkpoint_step >= args.checkpoint_every:
             writer.flush()
-            state = {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all(), "args": vars(args)}
+            state = {"args": vars(args), "rng": torch.get_rng_state()}
+            state["cuda_rng"] = torch.cuda.get_rng_state_all() if device.type == "cuda" else []
             state |= {"global_step": global_step, "log_size": log.tell()}
             save(run_dir / "checkpoint.pt", **state, actor=actor.state_dict(), critic=critic.state_dict())
             checkpoint_step = global_step

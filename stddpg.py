@@ -141,16 +141,17 @@ def make_env(env_id, video_folder=None, video_every=1):
     warnings.filterwarnings("ignore", r".*The environment \S+ is out of date", DeprecationWarning)
     render = {"render_mode": "rgb_array"} if video_folder else {}  # not all environments know a render_mode
     env = gym.wrappers.FlattenObservation(gym.make(env_id, **render))
-    spaces = env.observation_space, env.action_space
-    if not all(isinstance(space, gym.spaces.Box) for space in spaces) or not env.action_space.is_bounded():
-        stop(f"{env_id} needs observations of a fixed size and a bounded Box of actions, not {spaces}")
+    obs, act = env.observation_space, env.action_space
+    bounded = isinstance(act, gym.spaces.Box) and len(act.shape) == 1 and act.is_bounded()
+    if not isinstance(obs, gym.spaces.Box) or not bounded:
+        stop(f"{env_id} needs observations of a fixed size and actions in a bounded 1-d Box, not {obs} and {act}")
     if video_folder:
         env = gym.wrappers.RecordVideo(env, str(video_folder), lambda episode: episode % video_every == 0)
     return gym.wrappers.RecordEpisodeStatistics(env)
 
 
 def reset(env, *key):
-    """Starts an episode whose randomness depends on `key` alone: between two there is no simulator state to save."""
+    """Starts an episode whose randomness depends on `key` alone: a checkpoint between two needs no simulator state."""
     obs, _ = env.reset(seed=int(np.random.SeedSequence(key).generate_state(1)[0]))
     return np.array(obs)  # a copy: some environments change their array in place
 
@@ -242,8 +243,9 @@ def critic_loss(actor, critic, target_critic, batch, gamma):
 # Solver
 def conjugate_gradient(matvec, b, max_iters, tol, preconditioner=None):
     """x ≈ A⁻¹b, [n], for a symmetric A (matvec: v -> Av) by conjugate gradient from 0, until ‖b - Ax‖ ≤ tol ‖b‖.
-    At pᵀAp ≤ 0 (A is not positive definite) or a number that is not finite it keeps the last good x, and with a
-    preconditioner (r -> Mr, M ≈ A⁻¹) it is never worse than Mb. Info: tensors, the residual relative, inf if broken."""
+    At pᵀAp ≤ 0 (A is not positive definite) or a number that is not finite it keeps the last good x, 0 at first; with a
+    preconditioner (r -> Mr, M ≈ A⁻¹) Mb, if there is none or Mb's residual is smaller. Info: tensors; the residual is
+    relative, inf after a number that was not finite."""
     eps = torch.finfo(b.dtype).eps
     tol = max(tol, eps)  # the recursion for r goes on shrinking below rounding, where it means nothing
     x, r, p, b_norm = torch.zeros_like(b), b, b, b.norm()
@@ -263,10 +265,10 @@ def conjugate_gradient(matvec, b, max_iters, tol, preconditioner=None):
         if k == 0 and preconditioner is not None:
             Mb, Mb_residual = p, (b - Ap).norm() / b_norm
         pAp = p @ Ap
-        curvature, alpha = pAp / (p @ p), rz / pAp
+        curvature, step = pAp / (p @ p), rz / pAp
         max_curvature = torch.maximum(max_curvature, curvature)
         flat = active & curvature.isfinite() & (curvature <= eps * max_curvature)
-        x_new, r_new = x + alpha * p, r - alpha * Ap
+        x_new, r_new = x + step * p, r - step * Ap
         good = active & ~flat & (x_new.sum() + r_new.sum()).isfinite()  # sums: faster than to look at each number
         negative_curvature, iterations = negative_curvature | flat, iterations + good
         x, r = torch.where(good, x_new, x), torch.where(good, r_new, r)
@@ -299,7 +301,8 @@ def total_derivative(direct, implicit):
 def stackelberg_gradient(f1, f2, x1, x2, lam, cg_iters, cg_tol, grad2_f2=None, preconditioner=None):
     """The leader's total derivative ∇₁f1 - (∇₂₁f2)ᵀ (∇₂²f2 + λI)⁻¹ ∇₂f1: (15), (16), regularized as in Section 4.5.
     f1, f2: the leader's and the follower's cost, scalars with their graphs; x1, x2: their lists of parameters;
-    grad2_f2: ∇₂f2 with its graph, if the caller has it. Returns a list of tensors like x1, and info."""
+    grad2_f2: ∇₂f2 with its graph, if the caller has it. Returns a list of tensors like x1, and info. (For the critic as
+    leader Algorithm 2 prints ∇_θ²J + λI; the follower's cost is -J, so it is ∇_θ²(-J) + λI here.)"""
     grads = grad(f1, [*x1, *x2])
     direct, grad2_f1 = grads[: len(x1)], flatten(grads[len(x1) :])
     grad2_f2 = flatten(grad(f2, x2, create_graph=True) if grad2_f2 is None else grad2_f2)
@@ -315,55 +318,75 @@ def stackelberg_gradient(f1, f2, x1, x2, lam, cg_iters, cg_tol, grad2_f2=None, p
 # The actor as leader: the Gauss-Newton part 𝒥ᵀD𝒥 of ∇_w²L, 𝒥 = ∂Q/∂w, D = ∂²L/∂Q² = 2/B, by the tangent kernel K = 𝒥𝒥ᵀ
 def jacobian_factors(q, x):
     """A Q network at its inputs x, [B, n] -> Q, [B], to first order in x and constant in w, and 𝒥 in factors.
-    The factors are a pair (A, Δ) for each Linear, its inputs and ∂Q/∂(its outputs), [B, width] each: row i of 𝒥 is
-    Δ_i A_iᵀ for the layer's weights, and Δ_i for its biases. Critical: this is right for modules that run in their
+    The factors are a pair (A, G) for each Linear, its inputs and ∂Q/∂(its outputs), [B, width] each: row i of 𝒥 is
+    G_i A_iᵀ for the layer's weights, and G_i for its biases. Critical: this is right for modules that run in their
     order, of which only Linears have parameters, if no two samples meet. `check_jacobian` refuses anything else."""
     out = start = x.detach().requires_grad_()
-    linears = []
+    inputs, outputs = [], []
     for module in (m for m in q.modules() if not list(m.children())):
-        out, before = module(out), out
+        before, out = out, module(out)
         if isinstance(module, nn.Linear):
-            linears.append((before.detach(), out))
-    slope, *deltas = grad(out.sum(), [start, *(after for _, after in linears)])
+            inputs.append(before.detach())
+            outputs.append(out)
+    slope, *gradients = grad(out.sum(), [start, *outputs])
     value = out.detach().squeeze(-1).requires_grad_() + (slope * (x - x.detach())).sum(-1)
-    return value, [(A, D) for (A, _), D in zip(linears, deltas)]
+    return value, list(zip(inputs, gradients))
 
 
 def vjp(J, c):
     """𝒥ᵀc, a list of tensors like w, for c of shape [B]."""
-    return [t for A, D in J for t in ((D * c[:, None]).T @ A, D.T @ c)]
+    return [t for A, G in J for t in ((G * c[:, None]).T @ A, G.T @ c)]
+
+
+def check_jacobian(critic, observation_space, action_space):
+    """Refuses a critic that `jacobian_factors` gets wrong, by the value and the gradient of c·Q at a few points."""
+    generator, w = torch.Generator().manual_seed(0), list(critic.parameters())  # not the run's generator
+    shapes = observation_space.shape, action_space.shape, ()
+    obs, actions, c = (torch.rand(8, *shape, generator=generator).to(w[0]) for shape in shapes)
+    Q = c @ critic(obs, actions)
+    expected = [Q, *grad(Q, w)]
+    try:
+        qs, Js = zip(*(jacobian_factors(q, torch.cat([obs, actions], dim=-1)) for q in critic.children()))
+        found = [sum(c @ q for q in qs), *(t for J in Js for t in vjp(J, c))]
+        error = (flatten(found) - flatten(expected)).norm() / flatten(expected).norm()
+    except RuntimeError:  # modules or shapes that do not fit
+        error = math.inf
+    if not error < 1e-3:
+        stop("`jacobian_factors` is wrong for this critic: it needs --curvature hessian --no-precondition")
 
 
 def tangent_kernel(J1, J2):
     """𝒥₁𝒥₂ᵀ, [B₁, B₂]: how fitting Q at one sample moves it at another."""
-    return sum((A1 @ A2.T + 1) * (D1 @ D2.T) for (A1, D1), (A2, D2) in zip(J1, J2))
+    return sum((A1 @ A2.T + 1) * (G1 @ G2.T) for (A1, G1), (A2, G2) in zip(J1, J2))
 
 
 def ridge_solver(K, damping):
-    """c -> (K + damping I)⁻¹ c, [B], for a damping > 0, a number or [B]: positive definite, it cannot break down."""
-    rounding = torch.finfo(K.dtype).eps * K.trace()  # K's own; a smaller damping would leave K indefinite
+    """c -> (K + diag(damping))⁻¹ c, [B], damping > 0 a number or [B]: positive definite, it cannot break down."""
+    rounding = torch.finfo(K.dtype).eps * K.trace()  # K has errors of this size: with less it could be indefinite
     K = K.to(torch.float64, copy=True)
     K.diagonal().add_(damping + rounding)
-    L, _ = torch.linalg.cholesky_ex(K)  # checks nothing, so that a GPU need not wait
-    return lambda c: torch.cholesky_solve(c.double()[:, None], L)[:, 0].to(c.dtype)
+    chol, _ = torch.linalg.cholesky_ex(K)  # checks nothing, so that a GPU need not wait
+    return lambda c: torch.cholesky_solve(c.double()[:, None], chol)[:, 0].to(c.dtype)
 
 
 def gauss_newton_preconditioner(critic, batch, lam):
-    """r -> ((2/B)𝒥ᵀ𝒥 + λI)⁻¹ r = (r - 𝒥ᵀ(K + (λB/2) I)⁻¹𝒥r)/λ, for each Q network."""
-    x = torch.cat([batch.obs, batch.actions], dim=-1)
+    """r -> ((2/B)𝒥ᵀ𝒥 + λI)⁻¹ r = (r - 𝒥ᵀ(K + (λB/2) I)⁻¹𝒥r)/λ for each Q network. (2/B is of the squares in (10); for
+    another loss this is only a worse preconditioner.)"""
+    x, sizes = torch.cat([batch.obs, batch.actions], dim=-1), [len(flatten(q.parameters())) for q in critic.children()]
     Js = [jacobian_factors(q, x)[1] for q in critic.children()]
     Ks = [tangent_kernel(J, J) for J in Js]
-    # (r - fit)/λ is a difference of close numbers: with a smaller λ than this it would be rounding alone
-    lam = (torch.finfo(x.dtype).eps ** (2 / 3) * 2 / len(x) * sum(K.trace() for K in Ks)).clamp(min=lam)
+    # (r - fit)/λ is a difference of close numbers: far below the matrix's trace λ would leave rounding alone
+    floor = torch.finfo(x.dtype).eps ** (2 / 3) * 2 / len(x) * sum(K.trace() for K in Ks)
+    lam = floor.clamp(min=lam)
     solvers = [ridge_solver(K, lam * len(x) / 2) for K in Ks]
 
     def jvp(J, v):  # 𝒥v, [B], for a flat v like w
-        parts = v.split([n for A, D in J for n in (D.shape[1] * A.shape[1], D.shape[1])])
+        parts = v.split([n for A, G in J for n in (G.shape[1] * A.shape[1], G.shape[1])])
         layers = zip(J, parts[::2], parts[1::2])
-        return sum((torch.addmm(bias, A, weight.view(-1, A.shape[1]).T) * D).sum(1) for (A, D), weight, bias in layers)
+        return sum((torch.addmm(bias, A, weight.view(-1, A.shape[1]).T) * G).sum(1) for (A, G), weight, bias in layers)
 
     def preconditioner(r):
-        fits = [flatten(vjp(J, solve(jvp(J, u)))) for J, solve, u in zip(Js, solvers, r.chunk(len(Js)))]
+        fits = [flatten(vjp(J, solve(jvp(J, u)))) for J, solve, u in zip(Js, solvers, r.split(sizes))]
         return (r - torch.cat(fits)) / lam
 
     return preconditioner
@@ -380,17 +403,21 @@ def gauss_newton_gradients(actor, critic, target_critic, batch, lam, args):
         seen.extend(jacobian_factors(q, x) for q in critic.children())
         return seen[0][0][B:]
 
+    def critic_sa(obs, actions):
+        assert actions is batch.actions, "Gauss-Newton needs a critic_loss of Q at the batch's (s, a) alone"
+        return qs_sa[0]
+
     f_actor = actor_loss(actor, critic_pi, batch)
     qs, Js = zip(*seen)
-    qs_sa, Js_sa = [q[:B].detach().requires_grad_() for q in qs], [[(A[:B], D[:B]) for A, D in J] for J in Js]
-    # critical: only of an L that is a sum over samples and Q networks, at the batch's (s, a) alone, convex in each Q
-    f_critic = critic_loss(actor, lambda obs, actions: qs_sa[0], target_critic, batch, args.gamma)
+    qs_sa, Js_sa = [q[:B].detach().requires_grad_() for q in qs], [[(A[:B], G[:B]) for A, G in J] for J in Js]
+    f_critic = critic_loss(actor, critic_sa, target_critic, batch, args.gamma)
     grads = grad(f_actor, [*theta, *qs])
-    direct, f1_q = grads[: len(theta)], grads[len(theta) :]  # f1_q: 0 at (s, a)
+    direct, f1_q = grads[: len(theta)], grads[len(theta) :]  # f1_q: [2B], zero in the first B rows
     f2_q = grad(f_critic, qs_sa, create_graph=True)
-    f2_qq = grad(f2_q, qs_sa, [torch.ones_like(q) for q in qs_sa])  # D
+    # critical: this is ∂²L/∂Q² only of an L that is a sum over samples and Q networks, convex in each Q
+    f2_qq = grad(f2_q, qs_sa, [torch.ones_like(q) for q in qs_sa])
     grad_w = [t for J, c in zip(Js_sa, f2_q) for t in vjp(J, c.detach())]
-    Ks = [tangent_kernel(J_sa, J) for J_sa, J in zip(Js_sa, Js)]
+    Ks = [tangent_kernel(J_sa, J) for J_sa, J in zip(Js_sa, Js)]  # [B, 2B]
     Jv = [ridge_solver(K[:, :B], lam / D)(K @ c) / D for K, c, D in zip(Ks, f1_q, f2_qq)]
     grad_theta, info = total_derivative(direct, grad(f2_q, theta, [-u for u in Jv]))
     return f_actor.detach(), f_critic.detach(), grad_theta, grad_w, info
@@ -413,17 +440,6 @@ def player_gradients(actor, critic, target_actor, target_critic, batch, lam, arg
         grad_theta = grad(f_actor, theta, create_graph=True)
         grad_w, info = stackelberg_gradient(f_critic, f_actor, w, theta, lam, args.cg_iters, args.cg_tol, grad_theta)
     return f_actor.detach(), f_critic.detach(), [g.detach() for g in grad_theta], [g.detach() for g in grad_w], info
-
-
-def check_jacobian(critic, obs, actions):
-    """Refuses a critic that `jacobian_factors` gets wrong, by the value and the gradient of a random c·Q."""
-    c, w = torch.rand(len(obs), device=obs.device), list(critic.parameters())
-    Q = c @ critic(obs, actions)
-    qs, Js = zip(*(jacobian_factors(q, torch.cat([obs, actions], dim=-1)) for q in critic.children()))
-    expected, found = [Q, *grad(Q, w)], [sum(c @ q for q in qs), *(t for J in Js for t in vjp(J, c))]
-    same = [t.shape for t in found] == [t.shape for t in expected]
-    if not same or (flatten(found) - flatten(expected)).norm() > 1e-3 * flatten(expected).norm():
-        stop("`jacobian_factors` is wrong for this critic: it needs --curvature hessian --no-precondition")
 
 
 # Update
@@ -512,7 +528,7 @@ def train(args):
     optimizers = [torch.optim.Adam(list(x.parameters()), lr=lr, fused=True) for x, lr in players]
     buffer = ReplayBuffer(args.buffer_size, *spaces, device)
     if args.leader == "actor" and (args.precondition or args.curvature == "gauss-newton"):
-        check_jacobian(critic, *(torch.rand_like(column[:8]) for column in buffer.data[:2]))
+        check_jacobian(critic, *spaces)
     gradients = player_gradients
     if args.compile:  # "fallback_random": noise from torch's generator, as without --compile
         torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad inside a compiled function
@@ -545,7 +561,7 @@ def train(args):
     table = ["|param|value|", "|-|-|", *(f"|{name}|{value}|" for name, value in vars(args).items())]
     writer.add_text("hyperparameters", "\n".join(table), start)
     log = open(run_dir / "log.txt", "a")
-    log.seek(log.truncate(log_size))
+    log.seek(log.truncate(log_size))  # drops what was logged after the checkpoint
     print(run_dir, flush=True)
     obs, checkpoint_step, timer = reset(env, args.seed, 0, episode), start, time.perf_counter()
     steps = range(start + 1, args.total_timesteps + 1)
@@ -564,7 +580,7 @@ def train(args):
         obs = np.array(next_obs)
         if global_step >= args.learning_starts:
             batches = [buffer.sample(args.batch_size) for _ in range(args.unroll)]
-            lam = torch.tensor(args.lam * math.exp(-global_step / (args.lam_decay or math.inf)))
+            lam = torch.full((), args.lam * math.exp(-global_step / (args.lam_decay or math.inf)), device=device)
             f_actor, f_critic, solve = stackelberg_update(nets, optimizers, batches, lam, args, gradients)
             if not (f_actor + f_critic).isfinite():
                 stop(f"step {global_step}: a loss is not finite", 1)
@@ -599,12 +615,12 @@ def train(args):
                 if not flatten([*actor.parameters(), *critic.parameters()]).isfinite().all():
                     stop(f"step {global_step}: a parameter is not finite", 1)
                 writer.flush()
-                state = {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all(), "args": vars(args)}
+                state = {"args": vars(args), "rng": torch.get_rng_state()}
+                state["cuda_rng"] = torch.cuda.get_rng_state_all() if device.type == "cuda" else []
                 state |= {"global_step": global_step, "episode": episode, "log_size": log.tell(), "totals": totals}
                 save(run_dir / "checkpoint.pt", **state, **{name: part.state_dict() for name, part in parts.items()})
                 checkpoint_step = global_step
             obs = reset(env, args.seed, 0, episode)
-
     if args.save_model:
         save(run_dir / "model.pt", args=vars(args), actor=actor.state_dict(), critic=critic.state_dict())
     writer.close()

@@ -62,6 +62,10 @@ class Unbounded(Point):
     action_space = gym.spaces.Box(-np.inf, np.inf, (2,))
 
 
+class Matrix(Point):
+    action_space = gym.spaces.Box(-1.0, 1.0, (2, 2))
+
+
 class Small(Point):
     """Integer actions of a narrow type, and observations that are a dictionary."""
 
@@ -100,6 +104,7 @@ gym.register("PointHuge-v0", Point, max_episode_steps=20, kwargs={"spoil": {150:
 gym.register("PointBadReset-v0", BadReset, max_episode_steps=20)
 gym.register("PointRendering-v0", Rendering, max_episode_steps=20)
 gym.register("PointInPlace-v0", Point, max_episode_steps=20, kwargs={"in_place": True})
+gym.register("PointMatrix-v0", Matrix, max_episode_steps=20)
 gym.register("PointSmall-v0", Small, max_episode_steps=20)
 gym.register("PointNoFixedSize-v0", NoFixedSize, max_episode_steps=20)
 gym.register("PointTimeout-v0", Point, max_episode_steps=1000, kwargs={"reward": 1.0})

@@ -264,6 +264,20 @@ class TestFullHessian:
             assert info["residual"] <= 1e-3 and not info["negative_curvature"]
         assert counts[True] <= 3 < counts[False]
 
+    def test_critics_of_unequal_sizes(self, monkeypatch):
+        """Each Q network has its own part of w."""
+        mlp, widths = stsac.mlp, iter([(5, 4), (6,)])
+        game = Game(stsac)
+        spaces = 5, 1
+        game.critic.q1, game.critic.q2 = (mlp(spaces[0], *hidden, spaces[1]).double() for hidden in widths)
+        game.w = list(game.critic.parameters())
+        direct, grad2_f1, mixed, hessian = dense(game, "actor")
+        lam = positive_definite_lam(hessian)
+        implicit = -mixed.T @ torch.linalg.solve(hessian + lam * eye_like(hessian), grad2_f1)
+        for precondition in (True, False):
+            *_, grad_theta, _, _ = game.gradients(lam, precondition=precondition)
+            assert (vector(grad_theta) - (direct + implicit)).norm() < 1e-8 * implicit.norm()
+
     def test_preconditioner_is_the_gauss_newton_solve(self, script, monkeypatch):
         """M r = (H_GN + λI)⁻¹ r; another scale would only show where Mb is fallen back to."""
         game = Game(script)
@@ -526,7 +540,7 @@ class TestChangedLosses:
         """Every other residual is an outlier."""
         game = self.change(script, monkeypatch, None)
         residuals = torch.cat([q(game.x)[:, 0] - game.y() for q in game.qs]).abs()
-        delta = float(residuals.quantile(0.5))  # between two of them
+        delta = residuals.quantile(0.5).item()  # between two of them
         return self.change(script, monkeypatch, lambda q, y: F.huber_loss(q, y, delta=delta))
 
     @pytest.mark.parametrize("precondition", [True, False])
@@ -554,6 +568,19 @@ class TestChangedLosses:
         *_, grad_theta, grad_w, _ = game.gradients(0.1, curvature="gauss-newton")
         assert (vector(grad_theta) - (direct + implicit)).norm() < 1e-8 * implicit.norm()
         assert relative_error(vector(grad_w), vector(torch.autograd.grad(game("critic"), game.w))) < 1e-12
+
+    def test_gauss_newton_of_a_loss_elsewhere_is_not_silent(self, script, monkeypatch):
+        """A term of Q at other actions, as CQL has: the closed form knows L at the batch's (s, a) alone."""
+        original = script.critic_loss
+
+        def critic_loss(actor, critic, target_critic, batch, *rest):
+            elsewhere = critic(batch.obs, -batch.actions)
+            penalty = sum(q.mean() for q in elsewhere) if script is stsac else elsewhere.mean()
+            return original(actor, critic, target_critic, batch, *rest) + penalty
+
+        monkeypatch.setattr(script, "critic_loss", critic_loss)
+        with pytest.raises(AssertionError, match="at the batch's"):
+            Game(script).gradients(1.0, curvature="gauss-newton")
 
     def test_gauss_newton_without_curvature_is_not_silent(self, script, monkeypatch):
         """Huber's outliers have none: no number comes out that could be taken for a gradient."""
@@ -644,6 +671,21 @@ class TestRefusals:
     def test_taken_by_what_does_not_need_it(self, script, unknown):
         for changes in ({"leader": "actor", "precondition": False}, {"leader": "critic"}, {"leader": "none"}):
             assert script.train(run_args(script, **changes)).exists()
+
+    def test_a_shared_trunk(self, script, monkeypatch, capsys, tmp_path):
+        """A child of the critic that is no Q network of [s, a]."""
+        monkeypatch.chdir(tmp_path)
+
+        class Critic(script.Critic):
+            def __init__(self, *arguments):
+                super().__init__(*arguments)
+                self.trunk = nn.Linear(2, 2)
+
+            def forward(self, obs, actions):
+                return super().forward(self.trunk(obs), actions)
+
+        monkeypatch.setattr(script, "Critic", Critic)
+        self.refused(script, capsys, leader="actor")
 
     def test_another_forward(self, script, monkeypatch, capsys, tmp_path):
         """The Q networks are known, what the critic makes of them is not."""

@@ -147,12 +147,13 @@ def test_mujoco_run_resumes(here):
 )
 def test_killed_and_resumed_ends_with_the_same_weights(here, script, changes):
     """SIGKILL in the middle of an episode, some steps after a checkpoint; then `--resume`."""
-    run = args(script, total_timesteps=600, buffer_size=300, **changes)  # the buffer wraps around
+    # the buffer wraps around; at the checkpoint, step 360, there are 60 updates whose diagnostics are not yet written
+    run = args(script, total_timesteps=600, buffer_size=300, checkpoint_every=170, learning_starts=150, **changes)
     whole = here / script.train(run)
     code, _, _ = finish(command(*flags(run), cwd=here, script=script.__file__, kill_at=530))
     assert code == -signal.SIGKILL
     (killed,) = (path for path in here.glob("runs/*") if path != whole)
-    assert torch.load(killed / "checkpoint.pt", weights_only=True)["global_step"] == 400
+    assert torch.load(killed / "checkpoint.pt", weights_only=True)["global_step"] == 360
     assert not (killed / "model.pt").exists()
     code, out, err = finish(command("--resume", killed, "--env-id", run.env_id, cwd=here, script=script.__file__))
     assert code == 0, err
@@ -261,7 +262,7 @@ def test_atomic_save(here, monkeypatch):
 
 BAD = {
     "discrete actions": (["--env-id", "CartPole-v1"], "Discrete"),
-    "unbounded actions": (["--env-id", "point_env:PointUnbounded-v0"], "a bounded Box"),
+    "unbounded actions": (["--env-id", "point_env:PointUnbounded-v0"], "a bounded 1-d Box"),
     "negative lam": (["--lam", "-1"], "--lam"),
     "lam not a number": (["--lam", "nan"], "--lam"),
     "no CG iterations": (["--cg-iters", "0"], "--cg-iters"),
@@ -272,6 +273,7 @@ BAD = {
     "lam-decay of zero": (["--lam-decay", "0"], "--lam-decay"),
     "observations of no fixed size": (["--env-id", "point_env:PointNoFixedSize-v0"], "of a fixed size"),
     "evaluate for no episodes": (["--evaluate", "model.pt", "--eval-episodes", "0"], "--eval-episodes"),
+    "actions in a matrix": (["--env-id", "point_env:PointMatrix-v0"], "1-d"),
     "negative seed": (["--seed", "-1"], "--seed"),
     "learning rate not a number": (["--policy-lr", "nan"], "--policy-lr"),
 }
@@ -456,6 +458,34 @@ def test_tensorboard_and_log(here, script):
     assert len(log) == 2
     mean, std = dict(found["eval/episodic_return"])[400], dict(found["eval/episodic_return_std"])[400]
     assert log[1].startswith(f"step 400: eval return {mean:.2f} ± {std:.2f} (3 episodes)")
+
+
+@pytest.mark.parametrize("learning_starts", [0, 150])
+def test_diagnostics_are_means_over_the_updates(here, script, learning_starts):
+    """Also over the first ones, which are fewer than 100: every update takes its one iteration."""
+    run = args(script, learning_starts=learning_starts, cg_iters=1, cg_tol=0.0, batch_size=8)
+    found = scalars(script.train(run))
+    assert [step for step, _ in found["stackelberg/cg_iterations"]] == list(
+        range(100 if learning_starts == 0 else 200, 401, 100)
+    )
+    assert all(value == 1 for _, value in found["stackelberg/cg_iterations"])
+
+
+def test_autotune_lowers_alpha_while_the_entropy_is_above_the_target(here):
+    """-dim = -2, which the first policies are above: log π + 2 for log π - 2, or the other sign, would raise α."""
+    found = dict(scalars(stsac.train(args(autotune=True, leader="none")))["losses/alpha"])
+    assert found[400] < found[200] < found[100] == 1
+
+
+def test_leaders_differ_in_nothing_but_the_gradient(here, script):
+    """The same seed: the same networks and the same random actions, whoever leads and whatever is checked before."""
+    runs = [{"leader": "none"}, {"leader": "actor"}, {"leader": "actor", "precondition": False}]
+    runs += [{"leader": "critic"}, {"leader": "actor", "curvature": "gauss-newton"}]
+    buffers = []
+    for changes in runs:
+        run_dir = script.train(args(script, checkpoint_every=100, total_timesteps=119, learning_starts=101, **changes))
+        buffers.append(torch.load(run_dir / "checkpoint.pt", weights_only=True)["buffer"]["data"])
+    assert all(torch.equal(a, b) for other in buffers[1:] for a, b in zip(buffers[0], other))
 
 
 def test_the_plain_algorithm_has_no_game(here, script):
