@@ -55,7 +55,7 @@ class Args:
     wandb_entity: str | None = None
     """the entity (team) of wandb's project"""
     capture_video: bool = False
-    """whether to record the first episode of `--evaluate` (in `videos` beside the model)"""
+    """whether to record the first episode of `--evaluate` (in `evaluate` beside the model)"""
     save_model: bool = False
     """whether to save the model (`model.pt` in the run's folder) at the end"""
     eval_episodes: int = 10
@@ -118,10 +118,9 @@ def check_args(args):
     """Refuses values that no run can have."""
     positive = "hidden unroll cg_iters num_steps lam_decay total_timesteps eval_episodes checkpoint_every"
     for name, value in vars(args).items():
-        least, most = int(name in positive.split()), sys.float_info.max
-        most = 1 if name in ("gamma", "gae_lambda", "cg_tol") else most
+        least, most = int(name in positive.split()), 1 if name in ("gamma", "gae_lambda", "cg_tol") else math.inf
         if isinstance(value, (int, float, tuple)) and not all(least <= x <= most for x in np.atleast_1d(value)):
-            stop(f"--{name.replace('_', '-')} {value} is not in [{least}, {most:g}]")
+            stop(f"--{name.replace('_', '-')} {value} is not in [{least}, {most}]")
     if args.num_steps > args.total_timesteps:
         stop("--num-steps must not be larger than --total-timesteps")
     if args.capture_video and not args.evaluate:

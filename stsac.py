@@ -124,9 +124,9 @@ def check_args(args):
     """Refuses values that no run can have."""
     positive = "hidden unroll cg_iters batch_size lam_decay total_timesteps eval_every eval_episodes checkpoint_every"
     for name, value in vars(args).items():
-        least, most = int(name in positive.split()), 1 if name in ("gamma", "tau", "cg_tol") else sys.float_info.max
+        least, most = int(name in positive.split()), 1 if name in ("gamma", "tau", "cg_tol") else math.inf
         if isinstance(value, (int, float, tuple)) and not all(least <= x <= most for x in np.atleast_1d(value)):
-            stop(f"--{name.replace('_', '-')} {value} is not in [{least}, {most:g}]")
+            stop(f"--{name.replace('_', '-')} {value} is not in [{least}, {most}]")
     if args.batch_size > args.buffer_size:
         stop("--batch-size must not be larger than --buffer-size")
     if args.curvature == "gauss-newton" and (args.leader == "critic" or args.lam == 0):
@@ -404,8 +404,8 @@ def gauss_newton_preconditioner(critic, batch, lam):
 
 
 def gauss_newton_gradients(actor, critic, target_critic, batch, alpha, lam, args):
-    """`player_gradients` for the actor as leader, with 𝒥ᵀD𝒥 for ∇_w²L: then v = (𝒥ᵀD𝒥 + λI)⁻¹ ∇_wf1 is not needed.
-    𝒥v = D⁻¹(K + λD⁻¹)⁻¹ 𝒥∇_wf1 is, a kernel ridge regression, because (∇₂₁f2)ᵀv = ∇_θ⟨∂L/∂Q, 𝒥v⟩: when the critic
+    """`player_gradients` for the actor as leader, with 𝒥ᵀD𝒥 in place of ∇_w²L: v = (𝒥ᵀD𝒥 + λI)⁻¹ ∇_wf1.
+    (∇₂₁f2)ᵀv = ∇_θ⟨∂L/∂Q, 𝒥v⟩ needs only 𝒥v = D⁻¹(K + λD⁻¹)⁻¹ 𝒥∇_wf1, a kernel ridge regression: when the critic
     re-fits, moving a target moves f1, and the actor descends its influence on the targets, too."""
     theta, B, seen = list(actor.parameters()), len(batch.obs), []
 
@@ -425,7 +425,7 @@ def gauss_newton_gradients(actor, critic, target_critic, batch, alpha, lam, args
     grads = grad(f_actor, [*theta, *qs])
     direct, f1_q = grads[: len(theta)], grads[len(theta) :]  # f1_q: [2B], zero in the first B rows
     f2_q = grad(f_critic, qs_sa, create_graph=True)
-    # critical: this is ∂²L/∂Q² only of an L that is a sum over samples and Q networks, convex in each Q
+    # critical: this is ∂²L/∂Q² only of an L that is a sum over samples and Q networks, strictly convex in each Q
     f2_qq = grad(f2_q, qs_sa, [torch.ones_like(q) for q in qs_sa])
     grad_w = [t for J, c in zip(Js_sa, f2_q) for t in vjp(J, c.detach())]
     Ks = [tangent_kernel(J_sa, J) for J_sa, J in zip(Js_sa, Js)]  # [B, 2B]
