@@ -100,8 +100,11 @@ class Args:
     """time constant in environment steps: λ exp(-t / lam_decay); the paper's released code has 1e5 (default: off)"""
     unroll: int = 1
     """m of Algorithm 2: critic steps on a batch, for one of the actor's"""
-    start_states: Literal["every", "initial"] = "every"
-    """s_0 of Proposition 1 and Theorem 1: every visited state, as in the critic's loss, or each trajectory's first"""
+    start_states: Literal["every", "initial", "batch"] = "every"
+    """s_0 of Proposition 1 and Theorem 1: every visited state, as in the critic's loss, or each trajectory's first;
+    batch: the released code's estimator, for the first state of the batch alone"""
+    curvature: Literal["hessian", "gauss-newton"] = "hessian"
+    """∇_w²L, or its Gauss-Newton part (2/N) 𝒥ᵀ𝒥 with 𝒥 = ∂V_w/∂w, which has no negative eigenvalue"""
     cg_iters: int = 10
     """most conjugate gradient iterations, each one Hessian-vector product"""
     cg_tol: float = 1e-3
@@ -123,6 +126,8 @@ def check_args(args):
             stop(f"--{name.replace('_', '-')} {value} is not in [{least}, {most}]")
     if args.num_steps > args.total_timesteps:
         stop("--num-steps must not be larger than --total-timesteps")
+    if args.start_states == "batch" and args.critic == "q":
+        stop("--start-states batch is Proposition 1's and needs --critic v")
     if args.capture_video and not args.evaluate:
         stop("--capture-video needs --evaluate")
 
@@ -325,21 +330,26 @@ def score_function(actor, batch):
     return log_prob - log_prob.detach()
 
 
-def critic_values(critic, batch):
-    """V_w(s) or Q_w(s, a) along the batch, [N]."""
-    return critic(batch.obs) if isinstance(critic, Critic) else critic(batch.obs, batch.actions)
+def critic_values(critic, batch, linear=False):
+    """V_w(s) or Q_w(s, a) along the batch, [N]; linear: to first order in w, so that ∇_w²L is (2/N) 𝒥ᵀ𝒥 alone."""
+    inputs = (batch.obs,) if isinstance(critic, Critic) else (batch.obs, batch.actions)
+    if not linear:
+        return critic(*inputs)
+    w = dict(critic.named_parameters())
+    w_k, step = {name: p.detach() for name, p in w.items()}, {name: p - p.detach() for name, p in w.items()}
+    values, slope = torch.func.jvp(lambda w: torch.func.functional_call(critic, w, inputs), (w_k,), (step,))
+    return values + slope  # the slope 𝒥 (w - w_k) is 0, its gradient 𝒥
 
 
-def actor_surrogate(critic, batch, score, advantages, gamma):
+def actor_surrogate(critic, batch, score, advantages, args):
     """f1, for -J(θ, w): a scalar.
 
     ∇_θJ is the policy gradient (3). ∇_wJ is that of (2) and, for a state value critic (Section 4.2), of
-    J = E[r + γ (1 - terminated) V_w(s')]: the paper's text leaves out what multiplies V_w.
+    J = E[r + γ (1 - terminated) V_w(s')]: the paper's text leaves out what multiplies V_w. The released code has V_w(s).
     """
-    if isinstance(critic, Critic):
-        q = batch.rewards + gamma * (1 - batch.terminated) * critic(batch.next_obs)
-    else:
-        q = critic(batch.obs, batch.actions)
+    q = critic_values(critic, batch)
+    if isinstance(critic, Critic) and args.start_states != "batch":
+        q = batch.rewards + args.gamma * (1 - batch.terminated) * critic(batch.next_obs)
     return -(q + score * advantages).mean()
 
 
@@ -348,7 +358,7 @@ def critic_loss(critic, batch, returns):
     return ((critic_values(critic, batch) - returns) ** 2).mean()
 
 
-def critic_surrogate(critic, batch, score, returns, mc_advantages, gamma, start_states):
+def critic_surrogate(critic, batch, score, estimates, args):
     """f2, for L(θ, w), (4): a scalar. ∇_θ∇_wf2 is ∇_w of
 
         2 Σ_{t≥0} γᵗ ∇_θ log π(a_t|s_t) (V^π(s_0) - V_w(s_0)) Q^π(s_t, a_t)                      (Proposition 1)
@@ -357,15 +367,21 @@ def critic_surrogate(critic, batch, score, returns, mc_advantages, gamma, start_
 
     for every visited state, or for each trajectory's first, as s_0. Theorem 1 as printed lacks the 2. The Q^π(s_t, a_t)
     of the sums is a Monte Carlo advantage: the baseline changes no expectation, and GAE's bias would.
+
+    `batch`: of 2 ∇_θJ (V^π(s_0) - V_w(s_0)), s_0 the first of the batch. So the total derivative is c ∇_θf1 with
+    c = 1 + 2 ⟨∇_wV_w(s_0), v⟩, v = (∇_w²L + λI)⁻¹ ∇_w mean V_w. If V_w = φ(s)ᵀw and φ(s)ᵀe = 1 (a constant feature),
+    then ∇_w²L e = 2 mean φφᵀe = 2 mean φ = 2 ∇_w mean V_w: at λ = 0 v is e/2 and c = 2; as λ → ∞, v → 0 and c → 1.
     """
-    error = critic_values(critic, batch) - returns
-    influence = discounted_sum(score * mc_advantages, gamma, batch.trajectory)  # ∇_θV^π(s_0), (21)
+    error = critic_values(critic, batch, linear=args.curvature == "gauss-newton") - estimates.returns
+    if args.start_states == "batch":
+        return (error**2).mean() - 2 * (score * estimates.advantages).mean() * error[0]
+    influence = discounted_sum(score * estimates.mc_advantages, args.gamma, batch.trajectory)  # ∇_θV^π(s_0), (21)
     if isinstance(critic, Critic):
         theorem = -2 * error * influence
     else:
-        influence = influence - score * mc_advantages  # ∇_θQ^π(s_0, a_0), (19)
+        influence = influence - score * estimates.mc_advantages  # ∇_θQ^π(s_0, a_0), (19)
         theorem = score * error**2 - 2 * error * influence
-    if start_states == "initial":
+    if args.start_states == "initial":
         first = F.pad(batch.trajectory[1:] != batch.trajectory[:-1], (1, 0), value=True)
         return (error**2).mean() + theorem[first].mean()
     return (error**2).mean() + theorem.mean()
@@ -466,16 +482,17 @@ def stackelberg_update(actor, critic, actor_optimizer, critic_optimizer, batch, 
     Returns the costs -J and L on the batch, and the solver's info.
     """
     theta, w = list(actor.parameters()), list(critic.parameters())
-    returns, mc_advantages, advantages = estimate(actor, critic, batch, args.gamma, args.gae_lambda)
+    returns, _, advantages = estimates = estimate(actor, critic, batch, args.gamma, args.gae_lambda)
     std = advantages.std(correction=0) + 1e-8 if args.norm_adv else 1.0
-    advantages = advantages - advantages.mean() if args.norm_adv else advantages
+    if args.norm_adv:
+        estimates = estimates._replace(advantages=advantages - advantages.mean())
     score, info = score_function(actor, batch), {}
-    f1 = actor_surrogate(critic, batch, score, advantages, args.gamma)
+    f1 = actor_surrogate(critic, batch, score, estimates.advantages, args)
     if args.leader == "none":
         f2 = critic_loss(critic, batch, returns)
         grad1, grad2 = grad(f1, theta), grad(f2, w)
     else:
-        f2 = critic_surrogate(critic, batch, score, returns, mc_advantages, args.gamma, args.start_states)
+        f2 = critic_surrogate(critic, batch, score, estimates, args)
         grad2 = grad(f2, w, create_graph=True)
         grad1, info = stackelberg_gradient(f1, f2, theta, w, lam, args.cg_iters, args.cg_tol, grad2)
     # critical: advantages keep their unit until here, or the direct term would be scaled and the implicit one not

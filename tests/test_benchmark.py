@@ -66,7 +66,7 @@ def test_commands_of_stac(here):
     common = "--env-id {} --exp-name {} --seed {} --total-timesteps 800000 --leader {} --policy-lr {} --lam {}"
     common += " --critic-lr 0.01 --grad-noise 0.05 --unroll {} --save-model"
     rows = [("ac-m1", "none", 0.1, 1), ("ac-m80", "none", 0.1, 80), ("stac-al-m1", "actor", 0.1, 1)]
-    rows += [("stac-al-m80", "actor", 0.1, 80), ("ac-2x-m1", "none", 0.2, 1), ("ac-2x-m80", "none", 0.2, 80)]
+    rows += [("stac-al-m80", "actor", 0.1, 80), ("ac-lr0.2-m1", "none", 0.2, 1), ("ac-lr0.2-m80", "none", 0.2, 80)]
     expected = [
         common.format(env, name, seed, leader, rate, 0 if env == "CartPole-v1" else 500, unroll)
         for seed in (1, 2)

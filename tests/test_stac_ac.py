@@ -446,9 +446,8 @@ class TestUpdate:
         theta, w = list(actor.parameters()), list(critic.parameters())
         est = stac_ac.estimate(actor, critic, batch, 0.9, 0.97)
         score = stac_ac.score_function(actor, batch)
-        f1 = stac_ac.actor_surrogate(critic, batch, score, est.advantages, 0.9)
-        rest = est.returns, est.mc_advantages, 0.9, "every"
-        f2 = stac_ac.critic_surrogate(critic, batch, score, *rest)
+        f1 = stac_ac.actor_surrogate(critic, batch, score, est.advantages, args())
+        f2 = stac_ac.critic_surrogate(critic, batch, score, est, args())
         if leader == "actor":
             gradient, _ = stac_ac.stackelberg_gradient(f1, f2, theta, w, SMALL["lam"], 50, 1e-3)
         else:
@@ -470,9 +469,9 @@ class TestUpdate:
         theta, w = list(actor.parameters()), list(critic.parameters())
         est = stac_ac.estimate(actor, critic, batch, 0.9, 0.97)
         score = stac_ac.score_function(actor, batch)
-        f1 = stac_ac.actor_surrogate(critic, batch, score, advantages - advantages.mean(), 0.9)
+        f1 = stac_ac.actor_surrogate(critic, batch, score, advantages - advantages.mean(), args())
         if leader == "actor":
-            f2 = stac_ac.critic_surrogate(critic, batch, score, est.returns, est.mc_advantages, 0.9, "every")
+            f2 = stac_ac.critic_surrogate(critic, batch, score, est, args())
             total, info = stac_ac.stackelberg_gradient(f1, f2, theta, w, SMALL["lam"], 50, 1e-3)
             assert info["implicit_norm"] > 0.2 * info["direct_norm"]
         else:

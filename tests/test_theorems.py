@@ -167,13 +167,13 @@ class MDP:
         s, a, s2, trajectory = steps.T
         return stac_ac.Rollout(ONE_HOT[s], a, self.R[s, a], ONE_HOT[s2], (s2 == STATES).double(), trajectory)
 
-    def surrogates(self, batch, start_states="every", gae_lambda=0.0, gamma=GAMMA):
+    def surrogates(self, batch, start_states="every", gae_lambda=0.0, gamma=GAMMA, curvature="hessian"):
         """The script's f1 and f2."""
-        est = stac_ac.estimate(self.actor, self.critic, batch, gamma, gae_lambda)
+        args = stac_ac.Args(gamma=gamma, start_states=start_states, curvature=curvature)
+        estimates = stac_ac.estimate(self.actor, self.critic, batch, gamma, gae_lambda)
         score = stac_ac.score_function(self.actor, batch)
-        f1 = stac_ac.actor_surrogate(self.critic, batch, score, est.advantages, gamma)
-        rest = est.returns, est.mc_advantages, gamma, start_states
-        return f1, stac_ac.critic_surrogate(self.critic, batch, score, *rest)
+        f1 = stac_ac.actor_surrogate(self.critic, batch, score, estimates.advantages, args)
+        return f1, stac_ac.critic_surrogate(self.critic, batch, score, estimates, args)
 
 
 def vector(tensors):
