@@ -1,5 +1,7 @@
 """stac_ac.py as its users run it, and the pieces between the simulator and the surrogates."""
 
+import functools
+import itertools
 import math
 import shutil
 import signal
@@ -163,6 +165,7 @@ BAD = {
     "negative noise": (["--grad-noise", "-0.1"], "--grad-noise"),
     "resume of nothing": (["--resume", "no/such/run"], "no/such/run"),
     "evaluate of nothing": (["--evaluate", "no/such/model.pt"], "no/such/model.pt"),
+    "one start state for a Q critic": (["--start-states", "batch", "--critic", "q"], "--critic v"),
     "video of the training": (["--capture-video"], "--evaluate"),
 }
 
@@ -480,6 +483,27 @@ class TestUpdate:
         assert advantages.std() > 1.5 or advantages.std() < 0.7  # or the test would say little
         torch.testing.assert_close(self.update(leader=leader)[0], expected, rtol=1e-3, atol=1e-6)
 
+    @pytest.mark.parametrize("norm_adv", [True, False])
+    def test_is_the_released_estimator(self, norm_adv):
+        """`--start-states batch`, written down as the released code has it, with a dense solve."""
+        lam = 100.0
+        step = self.update(start_states="batch", lam=lam, norm_adv=norm_adv, cg_tol=1e-6)[0]
+        actor, critic, batch = self.make()
+        theta, w = list(actor.parameters()), list(critic.parameters())
+        returns, _, A = stac_ac.estimate(actor, critic, batch, 0.9, 0.97)
+        A = (A - A.mean()) / (A.std(correction=0) + 1e-8) if norm_adv else A
+        log_pi, V = actor(batch.obs).log_prob(batch.actions), critic(batch.obs)
+        grad = functools.partial(torch.autograd.grad, retain_graph=True, allow_unused=True)
+        direct = stac_ac.flatten(grad(-(V + log_pi * A).mean(), theta))
+        grad_w = stac_ac.flatten(grad(((V - returns) ** 2).mean(), w, create_graph=True))
+        H = torch.stack([stac_ac.flatten(stac_ac.grad(row, w)) for row in grad_w])
+        assert torch.linalg.eigvalsh(H)[0] > -lam  # or the solve stops early
+        v = torch.linalg.solve(H + lam * torch.eye(len(H)), -stac_ac.flatten(grad(V.mean(), w)))
+        mixed = stac_ac.flatten(grad(2 * (log_pi * A).mean() * (returns[0] - V[0]), w, create_graph=True))
+        implicit = -stac_ac.flatten(stac_ac.grad(mixed, theta, v))
+        assert implicit.norm() > 0.03 * direct.norm()
+        torch.testing.assert_close(step, -0.1 * (direct + implicit), rtol=1e-4, atol=1e-7)
+
     def test_noise_on_both_gradients(self):
         steps = {noise: self.update(grad_noise=noise, unroll=1)[:2] for noise in (0.0, 0.5)}
         for k, rate in ((0, 0.1), (1, 0.01)):
@@ -490,6 +514,22 @@ class TestUpdate:
 
     def test_large_lam_is_leader_none(self):
         torch.testing.assert_close(self.update(lam=1e12)[0], self.update(leader="none")[0])
+
+    def test_curvature(self):
+        """A difference of the two in a direction that both share. With λ = 0 on CartPole the Hessian is indefinite, and
+        every solve is cut short; (2/N) 𝒥ᵀ𝒥 has no negative eigenvalue."""
+        gauss_newton, hessian = self.update(curvature="gauss-newton")[0], self.update()[0]
+        assert 0.02 < (gauss_newton - hessian).norm() / hessian.norm() < 0.5
+        env = stac_ac.make_env("CartPole-v1")
+        for seed, curvature in itertools.product(range(5), ("hessian", "gauss-newton")):
+            torch.manual_seed(seed)
+            actor = stac_ac.Actor(env.observation_space, env.action_space)
+            critic = stac_ac.Critic(env.observation_space)
+            rates = torch.optim.SGD(actor.parameters(), 0.0), torch.optim.SGD(critic.parameters(), 0.0)
+            batch, _ = stac_ac.collect(env, actor, 1000, seed, 0)
+            run = stac_ac.Args(curvature=curvature, lam=0.0, cg_iters=50)
+            _, _, info = stac_ac.stackelberg_update(actor, critic, *rates, batch, 0.0, run)
+            assert info["negative_curvature"].item() == (curvature == "hessian")
 
     def test_start_states(self):
         assert not torch.allclose(self.update(start_states="initial")[0], self.update()[0], rtol=0.1)

@@ -384,3 +384,122 @@ class TestCosine:
 
     def test_several_start_states_are_not(self):
         assert abs(self.cosine("initial", 1.0, {0, 1, 2})) < 0.99
+
+
+class TestReleasedEstimator:
+    """`--start-states batch`: one start state, and the batch's mean policy gradient for ∇_θV^π(s_0)."""
+
+    def factor(self, mdp, batch, lam, curvature="hessian", iterations=200):
+        """total = factor · direct, and the solver's info; fails unless it is so to rounding."""
+        f1, f2 = mdp.surrogates(batch, "batch", 0.97, curvature=curvature)
+        total, info = stac_ac.stackelberg_gradient(f1, f2, mdp.theta, mdp.w, lam, iterations, 1e-13)
+        total, direct = vector(total), vector(stac_ac.grad(f1, mdp.theta))
+        factor = (total @ direct / (direct @ direct)).item()
+        assert (total - factor * direct).norm() < 1e-13 * max(1, abs(factor)) * direct.norm()  # rounding
+        assert direct.norm() > 1e-2
+        return factor, info
+
+    @pytest.mark.parametrize("curvature", ["hessian", "gauss-newton"])
+    @pytest.mark.parametrize("lam", [10.0, 500.0])
+    def test_is_a_multiple_of_the_plain_gradient(self, lam, curvature):
+        """1 + 2 ⟨∇_wV_w(s_0), v⟩ times, with v from a dense solve."""
+        mdp = MDP("v", hidden=(3,))
+        batch = mdp.sampled_batch(50, np.random.default_rng(2))
+        factor, info = self.factor(mdp, batch, lam, curvature)
+        assert abs(info["cosine"].item()) == pytest.approx(1, abs=1e-12)
+        assert info["residual"] < 1e-12 and not info["negative_curvature"]
+        values = mdp.critic(batch.obs)
+        J = second(values, mdp.w)
+        H = 2 / len(values) * J.T @ J
+        if curvature == "hessian":
+            returns = stac_ac.estimate(mdp.actor, mdp.critic, batch, GAMMA, 0.97).returns
+            loss = ((values - returns) ** 2).mean()
+            H = second(vector(stac_ac.grad(loss, mdp.w, create_graph=True)), mdp.w)
+        v = torch.linalg.solve(H + lam * torch.eye(len(H)), J.mean(0))
+        expected = 1 + 2 * (J[0] @ v).item()
+        assert abs(expected - 1) > 1e-3
+        assert factor == pytest.approx(expected, abs=1e-10)
+
+    @pytest.mark.parametrize("curvature", ["hessian", "gauss-newton"])
+    def test_linear_critic(self, curvature):
+        """Linear with a constant feature, the bias, and fitted over the batch: 2 as λ → 0, 1 as λ → ∞."""
+        mdp = MDP("v", hidden=())
+        batch = mdp.sampled_batch(50, np.random.default_rng(2))
+        returns = stac_ac.estimate(mdp.actor, mdp.critic, batch, GAMMA, 0.97).returns
+        phi = torch.cat([features(batch.obs), torch.ones(len(returns), 1)], 1)  # the order of weight and bias
+        set_vector(mdp.w, torch.linalg.lstsq(phi, returns[:, None]).solution[:, 0])
+        # v = (H + λI)⁻¹ H e/2 = e/2 - λ (H + λI)⁻¹ e/2: off by λ over H's smallest eigenvalue, 0.1 here
+        smallest = torch.linalg.eigvalsh(2 / len(phi) * phi.T @ phi)[0].item()
+        assert smallest > 0.1
+        for lam, bound in ((1e-3, 0.1), (1e-6, 1e-4), (0.0, 1e-11)):
+            factor, _ = self.factor(mdp, batch, lam, curvature)
+            assert factor == pytest.approx(2, abs=bound)
+        factor, _ = self.factor(mdp, batch, 1e9, curvature)
+        assert factor == pytest.approx(1, abs=1e-7)
+
+    def test_any_critic_with_an_output_bias(self):
+        """With the Gauss-Newton matrix the same is true of a network: its last bias makes 𝒥e = 1."""
+        mdp = MDP("v", hidden=(3,))
+        batch = mdp.sampled_batch(50, np.random.default_rng(2))
+        assert self.factor(mdp, batch, 0.0, "gauss-newton")[0] == pytest.approx(2, abs=1e-6)
+        assert self.factor(mdp, batch, 1e9, "gauss-newton")[0] == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("start_states", ["every", "initial", "batch"])
+@pytest.mark.parametrize("critic", ["v", "q"])
+class TestGaussNewton:
+    """`--curvature gauss-newton`: of the derivatives of f1 and f2 it changes ∇_w²f2 alone, into (2/N) 𝒥ᵀ𝒥."""
+
+    @pytest.fixture(autouse=True)
+    def only_for_v(self, critic, start_states):
+        if (critic, start_states) == ("q", "batch"):
+            pytest.skip("Proposition 1 is about V_w")
+
+    def test_derivatives(self, critic, start_states):
+        mdp = MDP(critic, hidden=(3, 2))
+        batch = mdp.sampled_batch(50, np.random.default_rng(2))
+        found = {}
+        for curvature in ("hessian", "gauss-newton"):
+            f1, f2 = mdp.surrogates(batch, start_states, curvature=curvature)
+            found[curvature] = {"f2": f2, **derivatives(f1, f2, f2, mdp.theta, mdp.w)}
+        hessian = found["hessian"].pop("∇_w²f2")
+        J = second(stac_ac.critic_values(mdp.critic, batch), mdp.w)
+        gauss_newton = found["gauss-newton"].pop("∇_w²f2")
+        torch.testing.assert_close(gauss_newton, 2 / len(J) * J.T @ J)
+        assert torch.linalg.eigvalsh(gauss_newton)[0] > -1e-12
+        assert (hessian - gauss_newton).norm() > 0.1 * hessian.norm()
+        torch.testing.assert_close(found["gauss-newton"], found["hessian"])
+
+    def test_total_derivative(self, critic, start_states):
+        mdp, lam = MDP(critic, hidden=(3, 2)), 0.1
+        batch = mdp.sampled_batch(50, np.random.default_rng(2))
+        f1, f2 = mdp.surrogates(batch, start_states, curvature="gauss-newton")
+        total, info = stac_ac.stackelberg_gradient(f1, f2, mdp.theta, mdp.w, lam, 200, 1e-13)
+        d = derivatives(*mdp.surrogates(batch, start_states)[:1], f2, f2, mdp.theta, mdp.w)
+        J = second(stac_ac.critic_values(mdp.critic, batch), mdp.w)
+        v = torch.linalg.solve(2 / len(J) * J.T @ J + lam * torch.eye(J.shape[1]), d["∇_wf1"])
+        expected = d["∇_θf1"] - d["∇_θ∇_wf2"].T @ v
+        assert info["implicit_norm"] > 0.1 * info["direct_norm"]
+        assert (vector(total) - expected).norm() < 1e-9 * expected.norm()
+
+
+@pytest.mark.parametrize("activation", [torch.nn.ReLU, torch.nn.SiLU, torch.nn.GELU])
+def test_gauss_newton_is_right_for_a_changed_network_and_loss(activation, monkeypatch):
+    """Nothing is written down twice: another activation, a normalisation and a weight in the squares are followed."""
+    mdp = MDP("v", hidden=(3, 2))
+    mdp.critic.v = torch.nn.Sequential(
+        torch.nn.Linear(1, 4), activation(), torch.nn.LayerNorm(4), torch.nn.Linear(4, 1)
+    )
+    mdp.w = list(mdp.critic.parameters())
+    batch = mdp.sampled_batch(50, np.random.default_rng(2))
+    weights = torch.rand(len(batch.obs)) + 0.5
+    values = stac_ac.critic_values
+
+    def weighted(critic, batch, linear=False):
+        return weights.sqrt() * values(critic, batch, linear)
+
+    monkeypatch.setattr(stac_ac, "critic_values", weighted)
+    _, f2 = mdp.surrogates(batch, curvature="gauss-newton")
+    J = second(values(mdp.critic, batch), mdp.w)
+    found = second(vector(stac_ac.grad(f2, mdp.w, create_graph=True)), mdp.w)
+    torch.testing.assert_close(found, 2 / len(J) * J.T @ (weights[:, None] * J))
