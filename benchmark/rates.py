@@ -158,7 +158,7 @@ def comparison_rows(panels):
 
 def report(panels):
     rates, comparison = (list(rows(panels)) for rows in (rate_rows, comparison_rows))
-    return f"""Area under the curve (mean return of the batches) at each of the actor's rates; interquartile mean and its
+    return f"""Area under the curve (mean return of the batches) at each rate of the actor; interquartile mean and its
 95 % bootstrap interval over the seeds up to {FIRST_COMPARED - 1}; **bold**: the best.
 
 {table(rates[0], rates[1:])}

@@ -27,6 +27,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmark"))
 import launch  # noqa: E402
 import plot  # noqa: E402
+import rates  # noqa: E402
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def here(tmp_path, monkeypatch):
 # Launchers
 def start(launcher, *options, **variables):
     """A launcher as a user starts it, in a process group of its own."""
-    unset = set("ENVS VARIANTS SEEDS STEPS FLAGS TAG WORKERS".split())
+    unset = set("ENVS VARIANTS SEEDS STEPS FLAGS TAG WORKERS ARMS RATES UNROLLS".split())
     env = {name: value for name, value in os.environ.items() if name not in unset}
     env |= {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT / "tests"), **variables}
     line = [ROOT / "benchmark" / launcher, *options]
@@ -63,17 +64,34 @@ def dry_run(launcher, **variables):
 
 
 def test_commands_of_stac(here):
-    common = "--env-id {} --exp-name {} --seed {} --total-timesteps 800000 --leader {} --policy-lr {} --lam {}"
+    common = "--env-id {} --exp-name {} --seed {} --total-timesteps 800000 --leader {} --lam {} --policy-lr {}"
     common += " --critic-lr 0.01 --grad-noise 0.05 --unroll {} --save-model"
     rows = [("ac-m1", "none", 0.1, 1), ("ac-m80", "none", 0.1, 80), ("stac-al-m1", "actor", 0.1, 1)]
     rows += [("stac-al-m80", "actor", 0.1, 80), ("ac-lr0.2-m1", "none", 0.2, 1), ("ac-lr0.2-m80", "none", 0.2, 80)]
     expected = [
-        common.format(env, name, seed, leader, rate, 0 if env == "CartPole-v1" else 500, unroll)
+        common.format(env, name, seed, leader, 0 if env == "CartPole-v1" else 500, rate, unroll)
         for seed in (1, 2)
         for env in ("CartPole-v1", "Hopper-v4")
         for name, leader, rate, unroll in rows
     ]
     assert dry_run("stac_ac.sh", ENVS="CartPole-v1 Hopper-v4", SEEDS="1 2") == expected
+
+
+def test_arms_rates_and_critic_steps_of_stac(here):
+    games = {"ac": "none", "stac-al-initial": "actor --start-states initial"}
+    games |= {"stac-al-batch": "actor --start-states batch", "stac-al-gn": "actor --curvature gauss-newton"}
+    line = "--env-id CartPole-v1 --exp-name {0}-lr{2}-m{3} --seed 7 --total-timesteps 9 --leader {1} --lam 0"
+    line += " --policy-lr {2} --critic-lr 0.01 --grad-noise 0.05 --unroll {3} --save-model"
+    found = dry_run(
+        "stac_ac.sh",
+        **{"ENVS": "CartPole-v1", "SEEDS": "7", "STEPS": "9"},
+        **{"ARMS": " ".join(games), "RATES": "0.03 1.6", "UNROLLS": "1 80"},
+    )
+    matrix = itertools.product((1, 80), (0.03, 1.6), games)
+    assert found == [line.format(arm, games[arm], rate, m) for m, rate, arm in matrix]
+    for variant in ("ac", "ac-lr0.1", "sac-m1", "stac-al-foo-m1"):
+        code, out, err = finish(start("stac_ac.sh", "--dry-run", VARIANTS=variant))
+        assert (code, out) == (2, "") and f"unknown variant '{variant}'" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("launcher, plain", [("stddpg.sh", "ddpg"), ("stsac.sh", "sac")])
@@ -522,3 +540,46 @@ def test_command_line(here, capsys, monkeypatch):
             plot.main()
         message = capsys.readouterr().err
         assert error.value.code == 2 and expected in message and message.count("\n") == 1
+
+
+# rates.py
+def write_study_run(arm, rate, seed, returns, norms=()):
+    """A run of the study: a return for each batch, and |implicit|, |direct| and the cosine for each, if it has them."""
+    path = write_run(f"{arm}-lr{rate}-m1", seed, returns, AC)
+    writer = SummaryWriter(str(path))
+    for i, values in enumerate(norms):
+        for tag, value in zip(("implicit_norm", "direct_norm", "cosine"), values):
+            writer.add_scalar(f"stackelberg/{tag}", value, 10 * i + 10)
+    writer.close()
+    return path
+
+
+def test_rates(here, monkeypatch, capsys):
+    """The best rate is chosen by the seeds up to 10 and the others compared; rows of five batches; the CSV stays."""
+    for seed, bonus in ((1, 0), (2, 1), (11, -50), (12, -40)):  # 0.1 is the best of the first two seeds alone
+        write_study_run("ac", 0.1, seed, [10 + bonus] * 5 + [20 + bonus] * 7)
+        write_study_run("ac", 0.2, seed, [10.0] * 10)
+    norms = [(value, 2, 0.5) for value in (1, 2, 30, 4, 5)] + [(0, 0, 0)] * 5  # medians: 2, and 0 of a dead policy
+    for seed in (11, 12):
+        write_study_run("stac-al-batch", 0.1, seed, [0.0] * 5 + [-25.0] * 5, norms)
+    write_study_run("ac", 0.4, 1, [99.0] * 10).joinpath("model.pt").unlink()  # not finished
+    write_run("ddpg", 1, [1, 2])
+    monkeypatch.setattr(sys, "argv", ["rates.py", "runs", "--out", "out"])
+    rates.main()
+    text = capsys.readouterr().out
+    rows = {tuple(row[:2]): row for row in (line.strip("| ").split(" | ") for line in text.splitlines())}
+    row = next(line.split(" | ") for line in text.splitlines() if line.startswith("| CartPole-v1, m = 1 | AC | **"))
+    assert row[2] == "**16 (15 to 16)**" and row[3].startswith("10 (10 to 10)")
+    ac, stac = rows["CartPole-v1, m = 1", "AC"], rows["CartPole-v1, m = 1", "STAC, batch"]
+    assert ac[2:6] == ["0.1", "2 †", "−25.00 (−30.00 to −20.00)", "−30.00 (−35.00 to −25.00)"]
+    assert stac[2:6] == ["0.1", "2 †", "−25.00 (−25.00 to −25.00)", "−12.50 (−12.50 to −12.50)"]
+    assert stac[6].startswith("0.50 (") and stac[7].startswith("1.00 (")  # at the end one of the two is better
+    assert stac[8:] == ["1 to 1", "0.25 to 0.25"]  # medians of the rows 2, 0 and 0.5, 0
+    assert (here / "out" / "stac_ac_rates.png").stat().st_size > 10_000
+
+    lines = (here / "out" / "stac_ac_rates.csv").read_text()
+    assert "CartPole-v1,ac,1,0.1,1,50,10,,\nCartPole-v1,ac,1,0.1,1,100,20,,\n" in lines  # the last two are no row
+    assert "CartPole-v1,stac-al-batch,1,0.1,11,50,0,2,0.5\n" in lines and ",0.4," not in lines
+    monkeypatch.setattr(sys, "argv", ["rates.py", "nothing", "--out", "out"])
+    rates.main()  # of the CSV alone
+    assert capsys.readouterr().out == text and (here / "out" / "stac_ac_rates.csv").read_text() == lines
