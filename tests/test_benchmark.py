@@ -53,12 +53,12 @@ def finish(process):
     return process.returncode, out, err
 
 
-def dry_run(launcher, **variables):
+def dry_run(launcher, script=None, **variables):
     """The commands, without interpreter and path of the script."""
     code, out, err = finish(start(launcher, "--dry-run", **variables))
     assert code == 0 and err == ""
     lines = [shlex.split(line) for line in out.splitlines()]
-    script = str(ROOT / launcher.replace(".sh", ".py"))
+    script = str(ROOT / (script or launcher.replace(".sh", ".py")))
     assert all(words[:2] == [sys.executable, script] for words in lines)
     return [" ".join(words[2:]) for words in lines]
 
@@ -102,6 +102,12 @@ def test_commands_of_the_off_policy_launchers(here, launcher, plain):
     envs = ["HalfCheetah-v4", "Hopper-v4", "Reacher-v4", "Walker2d-v4"]
     matrix = itertools.product(range(1, 6), envs, games)
     assert dry_run(launcher) == [common.format(env, name, seed, games[name]) for seed, env, name in matrix]
+
+
+def test_command_of_the_control(here):
+    line = "--env-id HalfCheetah-v4 --exp-name stsac-al-mean --seed 1 --total-timesteps 1000000 --leader actor"
+    found = dry_run("stsac_mean.sh", script="benchmark/stsac_mean.py", SEEDS="1", ENVS="HalfCheetah-v4")
+    assert found == [line + " --curvature gauss-newton --save-model"]
 
 
 def test_variables_and_options(here):

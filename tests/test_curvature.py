@@ -1,6 +1,7 @@
 """The actor as leader: the Jacobian in factors, Gauss-Newton, preconditioner, networks and losses that were changed."""
 
 import copy
+import importlib
 import inspect
 import math
 import os
@@ -192,8 +193,14 @@ class TestGaussNewton:
         torch.testing.assert_close(info["cosine"], torch.cosine_similarity(direct, implicit, dim=0))
         assert info.keys() == {"direct_norm", "implicit_norm", "cosine"}  # there is no solver to report on
 
-    def test_each_critic_has_its_own_block(self):
-        """∇_wJ reaches only the arg-min critic: with one that is never smaller, the other alone has a term."""
+    @pytest.mark.parametrize("control", [False, True], ids=["", "benchmark/stsac_mean.py"])
+    def test_each_critic_has_its_own_block(self, control, monkeypatch):
+        """∇_wJ reaches only the arg-min critic: with one that is never smaller, the other alone has a term. The control
+        has the mean of its df1/dy."""
+        if control:
+            monkeypatch.syspath_prepend(Path(stsac.__file__).parent / "benchmark")
+            mean_ridge_solver = importlib.import_module("stsac_mean").mean_ridge_solver
+            monkeypatch.setattr(stsac, "ridge_solver", mean_ridge_solver)
         game = Game(stsac)
         game.critic.q2[-1].bias.data += 1e3  # never the smaller one
         torch.manual_seed(NOISE)
@@ -201,6 +208,7 @@ class TestGaussNewton:
         J = jacobian(game.critic.q1, game.x)
         J_pi = jacobian(game.critic.q1, torch.cat([game.batch.obs, actions.detach()], dim=-1))
         df1_dy = torch.linalg.solve(J @ J.T + 6 * torch.eye(12).double(), -J_pi.mean(0) @ J.T)
+        df1_dy = df1_dy.mean().expand(12) if control else df1_dy
         y = stsac.td_target(game.actor, game.target_critic, game.batch, GAMMA, *game.entropy)
         expected = vector(torch.autograd.grad(df1_dy @ y, game.theta))
         torch.manual_seed(NOISE)
