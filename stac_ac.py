@@ -102,9 +102,9 @@ class Args:
     """m of Algorithm 2: critic steps on a batch, for one of the actor's"""
     start_states: Literal["every", "initial", "batch"] = "every"
     """s_0 of Proposition 1 and Theorem 1: every visited state, as in the critic's loss, or each trajectory's first;
-    batch: the released code's estimator, for the first state of the batch alone"""
+    batch: the released code's, the batch's first with the batch's policy gradient, a multiple of the plain gradient"""
     curvature: Literal["hessian", "gauss-newton"] = "hessian"
-    """∇_w²L, or its Gauss-Newton part (2/N) 𝒥ᵀ𝒥 with 𝒥 = ∂V_w/∂w, which has no negative eigenvalue"""
+    """∇_w²L, or its Gauss-Newton part (2/N) 𝒥ᵀ𝒥, 𝒥 = ∂V_w/∂w, without negative eigenvalues (λ = 0: with zero ones)"""
     cg_iters: int = 10
     """most conjugate gradient iterations, each one Hessian-vector product"""
     cg_tol: float = 1e-3
@@ -336,30 +336,33 @@ def critic_values(critic, batch, linear=False):
     if not linear:
         return critic(*inputs)
     w = dict(critic.named_parameters())
-    w_k, step = {name: p.detach() for name, p in w.items()}, {name: p - p.detach() for name, p in w.items()}
-    values, slope = torch.func.jvp(lambda w: torch.func.functional_call(critic, w, inputs), (w_k,), (step,))
-    return values + slope  # the slope 𝒥 (w - w_k) is 0, its gradient 𝒥
+    w_k = {name: p.detach() for name, p in w.items()}
+    values, slope = torch.func.jvp(lambda w: torch.func.functional_call(critic, w, inputs), (w_k,), (w,))
+    return values + (slope - slope.detach())  # the slope is 𝒥w
 
 
 def actor_surrogate(critic, batch, score, advantages, args):
     """f1, for -J(θ, w): a scalar.
 
     ∇_θJ is the policy gradient (3). ∇_wJ is that of (2) and, for a state value critic (Section 4.2), of
-    J = E[r + γ (1 - terminated) V_w(s')]: the paper's text leaves out what multiplies V_w. The released code has V_w(s).
+    J = E[r + γ (1 - terminated) V_w(s')]: the paper's text leaves out what multiplies V_w. With `batch` it is that of
+    E[V_w(s)], as in the released code.
     """
-    q = critic_values(critic, batch)
     if isinstance(critic, Critic) and args.start_states != "batch":
         q = batch.rewards + args.gamma * (1 - batch.terminated) * critic(batch.next_obs)
+    else:
+        q = critic_values(critic, batch)
     return -(q + score * advantages).mean()
 
 
-def critic_loss(critic, batch, returns):
-    """The critic's cost L(θ, w) as a function of w, (4): a scalar. All that a critic needs that does not lead."""
-    return ((critic_values(critic, batch) - returns) ** 2).mean()
+def critic_loss(values, targets, ratio=1):
+    """The critic's cost L(θ, w), (4): a scalar. θ is in the targets and in π_θ(a|s) / π_{θ_k}(a|s), the ratio of how
+    likely the actions are; for a follower, and for a critic that nobody leads, both are constants."""
+    return (ratio * (values - targets) ** 2).mean()
 
 
 def critic_surrogate(critic, batch, score, estimates, args):
-    """f2, for L(θ, w), (4): a scalar. ∇_θ∇_wf2 is ∇_w of
+    """f2, for L(θ, w), (4): a scalar, with targets that respond to θ. ∇_θ∇_wf2 is ∇_w of
 
         2 Σ_{t≥0} γᵗ ∇_θ log π(a_t|s_t) (V^π(s_0) - V_w(s_0)) Q^π(s_t, a_t)                      (Proposition 1)
         ∇_θ log π(a_0|s_0) (Q_w(s_0, a_0) - Q^π(s_0, a_0))²
@@ -368,23 +371,23 @@ def critic_surrogate(critic, batch, score, estimates, args):
     for every visited state, or for each trajectory's first, as s_0. Theorem 1 as printed lacks the 2. The Q^π(s_t, a_t)
     of the sums is a Monte Carlo advantage: the baseline changes no expectation, and GAE's bias would.
 
-    `batch`: of 2 ∇_θJ (V^π(s_0) - V_w(s_0)), s_0 the first of the batch. So the total derivative is c ∇_θf1 with
-    c = 1 + 2 ⟨∇_wV_w(s_0), v⟩, v = (∇_w²L + λI)⁻¹ ∇_w mean V_w. If V_w = φ(s)ᵀw and φ(s)ᵀe = 1 (a constant feature),
-    then ∇_w²L e = 2 mean φφᵀe = 2 mean φ = 2 ∇_w mean V_w: at λ = 0 v is e/2 and c = 2; as λ → ∞, v → 0 and c → 1.
+    With `batch` it is ∇_w of 2 ∇_θJ (V^π(s_0) - V_w(s_0)), s_0 the batch's first state, ∇_θJ as in f1. The total
+    derivative is then c ∇_θf1, c = 1 + 2 ⟨∇_wV_w(s_0), v⟩, v = (∇_w²L + λI)⁻¹ ∇_w mean V_w. If V_w = φ(s)ᵀw and
+    φ(s)ᵀe = 1 (a constant feature), then ∇_w²L e = 2 mean φφᵀe = 2 ∇_w mean V_w, so that v = e/2 and c = 2 at λ = 0;
+    as λ → ∞, v → 0 and c → 1. (With Gauss-Newton this is true of any network whose last layer has a bias.)
     """
-    error = critic_values(critic, batch, linear=args.curvature == "gauss-newton") - estimates.returns
-    if args.start_states == "batch":
-        return (error**2).mean() - 2 * (score * estimates.advantages).mean() * error[0]
     influence = discounted_sum(score * estimates.mc_advantages, args.gamma, batch.trajectory)  # ∇_θV^π(s_0), (21)
-    if isinstance(critic, Critic):
-        theorem = -2 * error * influence
-    else:
-        influence = influence - score * estimates.mc_advantages  # ∇_θQ^π(s_0, a_0), (19)
-        theorem = score * error**2 - 2 * error * influence
+    ratio, start = 1, torch.ones_like(score)  # start: the weight of each state as an s_0
     if args.start_states == "initial":
-        first = F.pad(batch.trajectory[1:] != batch.trajectory[:-1], (1, 0), value=True)
-        return (error**2).mean() + theorem[first].mean()
-    return (error**2).mean() + theorem.mean()
+        start = F.pad(batch.trajectory[1:] != batch.trajectory[:-1], (1, 0), value=True).to(score)
+    elif args.start_states == "batch":
+        start, influence = F.pad(start[:1], (0, len(start) - 1)), (score * estimates.advantages).mean()
+    start = start / start.mean()
+    if not isinstance(critic, Critic):
+        influence = influence - score * estimates.mc_advantages  # ∇_θQ^π(s_0, a_0), (19)
+        ratio = 1 + start * score
+    values = critic_values(critic, batch, linear=args.curvature == "gauss-newton")
+    return critic_loss(values, estimates.returns + start * influence, ratio)
 
 
 # Solver
@@ -489,7 +492,7 @@ def stackelberg_update(actor, critic, actor_optimizer, critic_optimizer, batch, 
     score, info = score_function(actor, batch), {}
     f1 = actor_surrogate(critic, batch, score, estimates.advantages, args)
     if args.leader == "none":
-        f2 = critic_loss(critic, batch, returns)
+        f2 = critic_loss(critic_values(critic, batch), returns)
         grad1, grad2 = grad(f1, theta), grad(f2, w)
     else:
         f2 = critic_surrogate(critic, batch, score, estimates, args)
@@ -499,7 +502,8 @@ def stackelberg_update(actor, critic, actor_optimizer, critic_optimizer, batch, 
     grad1 = [g / std for g in grad1]
     optimizer_step(critic_optimizer, with_noise(grad2, args.grad_noise))
     for _ in range(args.unroll - 1):
-        optimizer_step(critic_optimizer, with_noise(grad(critic_loss(critic, batch, returns), w), args.grad_noise))
+        loss = critic_loss(critic_values(critic, batch), returns)
+        optimizer_step(critic_optimizer, with_noise(grad(loss, w), args.grad_noise))
     optimizer_step(actor_optimizer, with_noise(grad1, args.grad_noise))
     return f1.detach(), f2.detach(), info
 
