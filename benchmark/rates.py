@@ -2,43 +2,43 @@
 
     python benchmark/rates.py runs --out benchmark/results
 
-reads the finished runs of experiments named ARM-lrRATE-mM (ARM-mM: rate 0.1) and writes
+reads finished runs of stac_ac.py and writes
 
 - stac_ac_rates.csv: for five batches each of every run the mean return, and medians of |implicit| / |direct| and of the
   cosine. Runs of an earlier CSV that are not in the folders stay.
 - stac_ac_rates.md, also printed: the score of each arm at each rate, and the comparison at the best one.
 - stac_ac_rates.png: score against rate, learning curves at the best rate, and the size of the implicit term.
 
-An arm's best rate is that of the largest area under the curve, interquartile mean over the seeds up to 10. The seeds
-from 11 on are compared, which had no part in the choice; where there are none (one rate, no choice), those that there
-are.
+An arm's best rate is that of the largest mean area under the curve over the seeds up to 10. The seeds from 11 on are
+compared, which had no part in the choice. Where there was no choice, all seeds are compared.
 """
 
 import csv
-import re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+import torch
 import tyro
-from plot import cell, digits, final_score, improvement_interval, iqm, iqm_interval, mark, mean_interval, stop, table
+from plot import cell, digits, final_score, improvement_interval, iqm_interval, mark, mean_interval, note, stop, table
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 BATCHES = 5  # in a row of the CSV
-FIRST_COMPARED = 11  # the first seed that is compared, not chosen by
-COLUMNS = ["environment", "arm", "m", "rate", "seed", "step", "return", "ratio", "cosine"]
-ARMS = {
-    "ac": ("AC", "#1f5fa8"),
-    "stac-al": ("STAC, every", "#b8171c"),
-    "stac-al-initial": ("STAC, initial", "#e08a1e"),
-    "stac-al-batch": ("STAC, batch", "#3a9a44"),
-    "stac-al-gn": ("STAC, every, Gauss–Newton", "#8458b3"),
+FIRST_COMPARED = 11  # the first seed that is compared and not chosen by
+COLUMNS = ["environment", "noise", "m", "arm", "rate", "seed", "step", "return", "ratio", "cosine"]
+ARMS = {  # (leader, start_states, curvature): label, colour
+    ("none", "every", "hessian"): ("AC", "#1f5fa8"),
+    ("actor", "every", "hessian"): ("STAC, every", "#b8171c"),
+    ("actor", "initial", "hessian"): ("STAC, initial", "#e08a1e"),
+    ("actor", "batch", "hessian"): ("STAC, batch", "#3a9a44"),
+    ("actor", "every", "gauss-newton"): ("STAC, every, Gauss–Newton", "#8458b3"),
 }
+COLOURS = dict(ARMS.values())
 
 
 @dataclass
@@ -49,12 +49,12 @@ class Args:
     """the folder to write to"""
 
 
-# Runs. A run's key: (environment, arm, m, rate, seed); its value: [T, 4], step, return, ratio, cosine
+# Runs. A run's key: (environment, noise, m, arm, rate, seed); its value: [T, 4], step, return, ratio, cosine
 def read_run(folder):
-    """Key and values of a finished run of the study; None for another."""
-    environment, experiment, seed, _ = folder.name.rsplit("__", 3)
-    name = re.fullmatch(r"(.+?)(?:-lr([\d.]+))?-m(\d+)", experiment)
-    if not name or name[1] not in ARMS or not (folder / "model.pt").exists():
+    """Key and values of a finished run of an arm; None for another."""
+    args = torch.load(folder / "model.pt", weights_only=True)["args"]
+    arm = ARMS.get((args["leader"], args.get("start_states"), args.get("curvature")))
+    if "num_steps" not in args or not arm:
         return None
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})  # critical: 0 is all of them
     events.Reload()
@@ -68,14 +68,16 @@ def read_run(folder):
     values = np.column_stack([points, ratio, terms[:, 2]])
     values = values[: len(values) // BATCHES * BATCHES].reshape(-1, BATCHES, 4)
     rows = [values[:, -1, 0], values[:, :, 1].mean(1), *np.median(values[:, :, 2:], 1).T]
-    return (environment, name[1], int(name[3]), float(name[2] or 0.1), int(seed)), np.column_stack(rows)
+    key = args["env_id"], args["grad_noise"], args["unroll"], arm[0], args["policy_lr"], args["seed"]
+    return key, np.column_stack(rows)
 
 
 def read_csv(path):
     rows = defaultdict(list)
     with open(path, newline="") as file:
-        for environment, arm, m, rate, seed, *values in list(csv.reader(file))[1:]:
-            rows[environment, arm, int(m), float(rate), int(seed)].append([float(x or "nan") for x in values])
+        for environment, noise, m, arm, rate, seed, *values in list(csv.reader(file))[1:]:
+            key = environment, float(noise), int(m), arm, float(rate), int(seed)
+            rows[key].append([float(x or "nan") for x in values])
     return {key: np.array(values) for key, values in rows.items()}
 
 
@@ -89,11 +91,14 @@ def write_csv(runs, path):
 
 
 def panels_of(runs):
-    """{(environment, m): {arm: {rate: {seed: [T, 4]}}}}, in the order of ARMS."""
-    panels = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
-    for key in sorted(runs, key=lambda key: (key[0], key[2], list(ARMS).index(key[1]), *key)):
-        environment, arm, m, rate, seed = key
-        panels[environment, m][arm][rate][seed] = runs[key]
+    """{title: {arm: {rate: {seed: [T, 4]}}}}, arms in the order of ARMS."""
+    panels, lengths = defaultdict(lambda: defaultdict(lambda: defaultdict(dict))), {}
+    for key in sorted(runs, key=lambda key: (key[:3], list(COLOURS).index(key[3]), key[4:])):
+        environment, noise, m, arm, rate, seed = key
+        title = f"{environment}, m = {m}" + f", noise {noise}" * (noise > 0)
+        if len(runs[key]) != lengths.setdefault(title, len(runs[key])):
+            stop(f"{title}: the run {key} has another length than the others")
+        panels[title][arm][rate][seed] = runs[key]
     return panels
 
 
@@ -108,10 +113,15 @@ def area(runs):
 
 
 def best(rates):
-    """An arm's best rate, and its runs that are compared."""
-    rate = max(rates, key=lambda rate: iqm(area(chosen(rates[rate]) or rates[rate].values())))
+    """An arm's best rate, the runs to be compared there, and a mark of what is wrong with them."""
+    if len(rates) == 1:
+        ((rate, seeds),) = rates.items()
+        return rate, [*seeds.values()], ""
+    scores = {rate: area(chosen(seeds)).mean() for rate, seeds in rates.items() if chosen(seeds)}
+    rate = max(scores, key=scores.get)
     compared = [run for seed, run in rates[rate].items() if seed >= FIRST_COMPARED]
-    return rate, compared or chosen(rates[rate])
+    end = " ‡" * (rate in (min(scores), max(scores)))
+    return rate, compared or chosen(rates[rate]), end if compared else end + " §"
 
 
 # Tables
@@ -121,75 +131,77 @@ def returns_of(runs):
 
 
 def rate_rows(panels):
-    rng = np.random.default_rng(0)
-    everything = sorted({rate for panel in panels.values() for rates in panel.values() for rate in rates})
-    yield ["task", "run", *everything]
-    for (environment, m), panel in panels.items():
+    everything = sorted({rate for p in panels.values() for rates in p.values() for rate in rates if len(rates) > 1})
+    yield ["task", "run", "seeds", *everything]
+    for title, panel in panels.items():
         for arm, rates in panel.items():
-            if len(rates) == 1:
-                continue
-            cells, (top, _) = [], best(rates)
-            for rate in everything:
-                runs = chosen(rates.get(rate, {}))
-                text = cell(iqm_interval([area(runs)], rng), len(runs), 0) if runs else ""
-                cells.append(f"**{text}**" if rate == top else text)
-            yield [f"{environment}, m = {m}", ARMS[arm][0], *cells]
+            numbers = [len(chosen(seeds)) for seeds in rates.values() if chosen(seeds)]
+            if len(numbers) > 1:
+                cells, (top, *_) = [], best(rates)
+                for rate in everything:
+                    scores = area(chosen(rates.get(rate, {})))
+                    few = f" ({len(scores)} seeds)" * (len(scores) < max(numbers))
+                    text = f"{scores.mean():.0f} ({scores.min():.0f} to {scores.max():.0f}){few}" if len(scores) else ""
+                    cells.append(f"**{text}**" if rate == top else text)
+                yield [title, arm, max(numbers), *cells]
 
 
 def comparison_rows(panels):
     rng = np.random.default_rng(0)
     head = "task, run, rate, seeds, final score, area under the curve, better than AC at the end, in the area"
     yield [*head.split(", "), "implicit / direct", "cosine"]
-    for (environment, m), panel in panels.items():
+    for title, panel in panels.items():
         compared = {arm: best(rates) for arm, rates in panel.items()}
         scores = {
-            arm: (final_score(runs[0][:, 0], returns_of(runs)), area(runs)) for arm, (_, runs) in compared.items()
+            arm: (final_score(runs[0][:, 0], returns_of(runs)), area(runs)) for arm, (_, runs, _) in compared.items()
         }
         places = digits(np.concatenate([x for both in scores.values() for x in both]))
-        for arm, (rate, runs) in compared.items():
+        for arm, (rate, runs, wrong) in compared.items():
             cells = [cell(iqm_interval([x], rng), len(runs), places) for x in scores[arm]]
-            for mine, plain in zip(scores[arm], scores["ac"]) if arm != "ac" and "ac" in scores else []:
+            for mine, plain in zip(scores[arm], scores["AC"]) if arm != "AC" and "AC" in scores else []:
                 cells.append(cell(improvement_interval([(mine, plain)], rng), len(runs), 2))
             terms = np.array([np.median(run[:, 2:], 0) for run in runs])
             sizes = [f"{low:.2g} to {high:.2g}" for low, high in zip(terms.min(0), terms.max(0)) if not np.isnan(low)]
             cells += [""] * (4 - len(cells)) + sizes + [""] * (2 - len(sizes))
-            yield [f"{environment}, m = {m}", ARMS[arm][0], rate, mark([len(runs)]), *cells]
+            yield [title, arm, f"{rate:g}{wrong}", mark([len(runs)]), *cells]
 
 
 def report(panels):
     rates, comparison = (list(rows(panels)) for rows in (rate_rows, comparison_rows))
-    return f"""Area under the curve (mean return of the batches) at each rate of the actor; interquartile mean and its
-95 % bootstrap interval over the seeds up to {FIRST_COMPARED - 1}; **bold**: the best.
+    return f"""Area under the curve (mean return of the batches) at each learning rate of the actor; mean, lowest and highest of the
+seeds up to {FIRST_COMPARED - 1}. **Bold**: the best.
 
 {table(rates[0], rates[1:])}
-At each arm's best rate, with other seeds where there was a choice. Final score: mean of the batches in the last tenth.
-Better than AC: how often a seed beats one of AC at AC's best rate, 0.5 is no difference. Last two columns: medians over
-a run's batches, from the lowest to the highest seed.
+At each arm's best rate, with other seeds where there was a choice: interquartile mean and 95 % bootstrap interval. Final
+score: mean of the batches in the last tenth. Better than AC: how often a seed beats one of AC at AC's best rate, 0.5 is
+no difference. Last two columns: medians over a run's batches, from the lowest to the highest seed. † few seeds; ‡ the
+best rate is an end of those that were tried; § the seeds that chose are the ones compared, so the score is too high.
 
-{table(comparison[0], comparison[1:])}"""
+{table(comparison[0], comparison[1:])}"""  # noqa: E501
 
 
 # Figure
 def draw(panels, path):
-    """A column for each task and m; score against rate, curves at the best rate, size of the implicit term."""
+    """A column for each task, noise and m; score against rate, curves at the best rate, size of the implicit term."""
     rng, columns = np.random.default_rng(0), len(panels)
     figure, axes = plt.subplots(3, columns, figsize=(1 + 3.2 * columns, 8.5), layout="constrained", squeeze=False)
-    for (top, middle, bottom), ((environment, m), panel) in zip(axes.T, panels.items()):
-        top.set_title(f"{environment}, m = {m}")
-        top.set_axis_off() if max(map(len, panel.values())) == 1 else None
+    for (top, middle, bottom), (title, panel) in zip(axes.T, panels.items()):
+        top.set_title(title, fontsize=10)
+        if max(map(len, panel.values())) == 1:
+            top.set_axis_off()
         for arm, rates in panel.items():
-            label, colour = ARMS[arm]
-            scores = {rate: iqm_interval([area(chosen(seeds))], rng) for rate, seeds in rates.items() if chosen(seeds)}
+            scores = {rate: area(chosen(seeds)) for rate, seeds in sorted(rates.items()) if chosen(seeds)}
             if len(scores) > 1:
-                value, bounds = (np.array(x) for x in zip(*scores.values()))
-                low, high = bounds.T
-                top.errorbar([*scores], value, [value - low, high - value], color=colour, marker="o", ms=3, capsize=2)
-            rate, runs = best(rates)
+                value = np.array([x.mean() for x in scores.values()])
+                low, high = np.array([mean_interval(x[:, None], rng)[:, 0] for x in scores.values()]).T
+                top.errorbar([*scores], value, [value - low, high - value], color=COLOURS[arm], marker="o", ms=3)
+            rate, runs, _ = best(rates)
             steps, returns = runs[0][:, 0], returns_of(runs)
-            middle.plot(steps, returns.mean(0), color=colour, label=f"{label}" + f", {rate:g}" * (len(rates) > 1))
-            middle.fill_between(steps, *mean_interval(returns, rng), color=colour, alpha=0.18, lw=0)
+            label = arm + f", {rate:g}" * (len(rates) > 1)
+            middle.plot(steps, returns.mean(0), color=COLOURS[arm], label=label)
+            middle.fill_between(steps, *mean_interval(returns, rng), color=COLOURS[arm], alpha=0.18, lw=0)
             if not np.isnan(runs[0][0, 2]):
-                bottom.plot(steps, np.median([run[:, 2] for run in runs], 0), color=colour)
+                bottom.plot(steps, np.median([run[:, 2] for run in runs], 0), color=COLOURS[arm])
         top.set(xscale="log", xlabel="actor's learning rate", ylabel="area under the curve")
         middle.set(xlabel="environment steps", ylabel="return of the batch")
         middle.legend(fontsize=7, frameon=False)
@@ -207,17 +219,22 @@ def draw(panels, path):
 def main():
     args = tyro.cli(Args, description=__doc__)
     path = args.out / "stac_ac_rates.csv"
-    runs = read_csv(path) if path.exists() else {}
-    folders = sorted(file.parent for folder in args.folders for file in folder.glob("*__*/model.pt"))
-    runs |= dict(found for folder in folders if (found := read_run(folder)))
-    if not runs:
-        stop(f"no finished run of the study in {', '.join(map(str, args.folders))}")
+    runs, new = read_csv(path) if path.exists() else {}, {}
+    for folder in sorted(file.parent for runs_in in args.folders for file in runs_in.glob("*__*/checkpoint.pt")):
+        if not (folder / "model.pt").exists():
+            note(f"left out, not finished: {folder}")
+        elif found := read_run(folder):
+            if found[0] in new:
+                stop(f"more than one run of {found[0]}; the second is {folder}")
+            new[found[0]] = found[1]
+    if not (runs | new):
+        stop(f"no finished run of stac_ac.py in {', '.join(map(str, args.folders))}")
     args.out.mkdir(parents=True, exist_ok=True)
-    write_csv(runs, path)
-    runs = read_csv(path)  # as the CSV has it: the same tables come of the CSV alone
-    text = report(panels_of(runs))
+    write_csv(runs | new, path)
+    panels = panels_of(read_csv(path))  # as the CSV has it: the same tables come of the CSV alone
+    text = report(panels)
     (args.out / "stac_ac_rates.md").write_text(text)
-    draw(panels_of(runs), args.out / "stac_ac_rates.png")
+    draw(panels, args.out / "stac_ac_rates.png")
     print(text)
 
 

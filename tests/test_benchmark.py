@@ -6,6 +6,7 @@ import itertools
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -549,9 +550,13 @@ def test_command_line(here, capsys, monkeypatch):
 
 
 # rates.py
-def write_study_run(arm, rate, seed, returns, norms=()):
+def write_study_run(arm, rate, seed, returns, norms=(), m=1):
     """A run of the study: a return for each batch, and |implicit|, |direct| and the cosine for each, if it has them."""
-    path = write_run(f"{arm}-lr{rate}-m1", seed, returns, AC)
+    path = write_run(f"{arm}-lr{rate}-m{m}", seed, returns, AC)
+    args = stac_ac.Args(policy_lr=rate, seed=seed, unroll=m, leader="none")
+    if arm == "batch":
+        args = dataclasses.replace(args, leader="actor", start_states="batch")
+    torch.save({"args": vars(args)}, path / "model.pt")
     writer = SummaryWriter(str(path))
     for i, values in enumerate(norms):
         for tag, value in zip(("implicit_norm", "direct_norm", "cosine"), values):
@@ -562,30 +567,52 @@ def write_study_run(arm, rate, seed, returns, norms=()):
 
 def test_rates(here, monkeypatch, capsys):
     """The best rate is chosen by the seeds up to 10 and the others compared; rows of five batches; the CSV stays."""
-    for seed, bonus in ((1, 0), (2, 1), (11, -50), (12, -40)):  # 0.1 is the best of the first two seeds alone
-        write_study_run("ac", 0.1, seed, [10 + bonus] * 5 + [20 + bonus] * 7)
-        write_study_run("ac", 0.2, seed, [10.0] * 10)
+    for seed, low in ((1, 10), (2, 12), (11, -40), (12, -30), (13, 0), (14, 500)):  # 0.1: the best of the first two
+        write_study_run("ac", 0.1, seed, [low] * 5 + [low + 10] * 7)
+        write_study_run("ac", 0.2, seed if seed < 10 else seed + 10, [10.0 * (seed < 10)] * 10)
+    write_study_run("ac", 0.4, 1, [1.0] * 10)
+    write_study_run("ac", 0.05, 11, [99.0] * 10)  # of a rate that was not tried by the seeds that choose
+    write_study_run("ac", 0.8, 1, [99.0] * 10).joinpath("model.pt").unlink()  # not finished
     norms = [(value, 2, 0.5) for value in (1, 2, 30, 4, 5)] + [(0, 0, 0)] * 5  # medians: 2, and 0 of a dead policy
-    for seed in (11, 12):
-        write_study_run("stac-al-batch", 0.1, seed, [0.0] * 5 + [-25.0] * 5, norms)
-    write_study_run("ac", 0.4, 1, [99.0] * 10).joinpath("model.pt").unlink()  # not finished
+    for seed in (1, 2, 11, 12):  # one rate: all seeds are compared
+        write_study_run("batch", 0.1, seed, [0.0] * 5 + [-25.0] * 5, norms)
+    for rate, value in ((0.1, 5.0), (0.2, 7.0)):  # seeds that choose, and no others
+        write_study_run("ac", rate, 3, [value] * 10, m=80)
     write_run("ddpg", 1, [1, 2])
+    torch.save({"args": vars(stddpg.Args())}, here / "runs/Hopper-v4__ddpg__1__1/model.pt")
     monkeypatch.setattr(sys, "argv", ["rates.py", "runs", "--out", "out"])
     rates.main()
-    text = capsys.readouterr().out
-    rows = {tuple(row[:2]): row for row in (line.strip("| ").split(" | ") for line in text.splitlines())}
-    row = next(line.split(" | ") for line in text.splitlines() if line.startswith("| CartPole-v1, m = 1 | AC | **"))
-    assert row[2] == "**16 (15 to 16)**" and row[3].startswith("10 (10 to 10)")
-    ac, stac = rows["CartPole-v1, m = 1", "AC"], rows["CartPole-v1, m = 1", "STAC, batch"]
-    assert ac[2:6] == ["0.1", "2 †", "−25.00 (−30.00 to −20.00)", "−30.00 (−35.00 to −25.00)"]
-    assert stac[2:6] == ["0.1", "2 †", "−25.00 (−25.00 to −25.00)", "−12.50 (−12.50 to −12.50)"]
-    assert stac[6].startswith("0.50 (") and stac[7].startswith("1.00 (")  # at the end one of the two is better
-    assert stac[8:] == ["1 to 1", "0.25 to 0.25"]  # medians of the rows 2, 0 and 0.5, 0
+    text, err = capsys.readouterr()
+    assert err.count("left out, not finished") == 1 and "ac-lr0.8" in err
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| CartPole")]
+    head = next(line for line in text.splitlines() if line.startswith("| task")).split(" | ")
+    assert head[2:] == ["seeds", "0.05", "0.1", "0.2", "0.4 |"]
+    title = "CartPole-v1, m = 1"
+    assert rows[0] == [title, "AC", "2", "", "**16 (15 to 17)**", "10 (10 to 10)", "1 (1 to 1) (1 seeds)"]
+    ac, batch = rows[2:4]
+    assert ac[:4] == [title, "AC", "0.1 ‡", "4 †"] and ac[4].startswith("−5.0 (")  # without −30 and 510
+    assert ac[5].startswith("−10.0 (")
+    assert batch[:6] == [title, "STAC, batch", "0.1", "4 †", "−25.0 (−25.0 to −25.0)", "−12.5 (−12.5 to −12.5)"]
+    assert batch[6].startswith("0.25 (") and batch[7].startswith("0.50 (")  # beats -30; beats -35 and -25
+    assert batch[8:] == ["1 to 1", "0.25 to 0.25"]  # medians of the rows: 1, 0 and 0.5, 0, so 0.5 and 0.25
+    assert rows[4][:4] == ["CartPole-v1, m = 80", "AC", "0.2 ‡ §", "1 †"]
     assert (here / "out" / "stac_ac_rates.png").stat().st_size > 10_000
 
     lines = (here / "out" / "stac_ac_rates.csv").read_text()
-    assert "CartPole-v1,ac,1,0.1,1,50,10,,\nCartPole-v1,ac,1,0.1,1,100,20,,\n" in lines  # the last two are no row
-    assert "CartPole-v1,stac-al-batch,1,0.1,11,50,0,2,0.5\n" in lines and ",0.4," not in lines
+    assert "CartPole-v1,0.0,1,AC,0.1,1,50,10,,\nCartPole-v1,0.0,1,AC,0.1,1,100,20,,\n" in lines  # two are no row
+    assert 'CartPole-v1,0.0,1,"STAC, batch",0.1,11,50,0,2,0.5\n' in lines and ",0.8," not in lines
     monkeypatch.setattr(sys, "argv", ["rates.py", "nothing", "--out", "out"])
     rates.main()  # of the CSV alone
     assert capsys.readouterr().out == text and (here / "out" / "stac_ac_rates.csv").read_text() == lines
+
+    monkeypatch.setattr(sys, "argv", ["rates.py", "runs", "--out", "out"])
+    other = write_study_run("ac", 0.3, 1, [1.0] * 20)
+    with pytest.raises(SystemExit):
+        rates.main()
+    assert "another length" in capsys.readouterr().err
+    shutil.rmtree(other)
+    write_run("again", 1, [1.0] * 10, AC)
+    torch.save({"args": vars(stac_ac.Args(leader="none"))}, here / "runs/CartPole-v1__again__1__1/model.pt")
+    with pytest.raises(SystemExit):
+        rates.main()
+    assert "more than one run" in capsys.readouterr().err

@@ -516,8 +516,8 @@ class TestUpdate:
         torch.testing.assert_close(self.update(lam=1e12)[0], self.update(leader="none")[0])
 
     def test_curvature(self):
-        """A difference of the two in a direction that both share. With λ = 0 on CartPole the Hessian is indefinite, and
-        every solve is cut short; (2/N) 𝒥ᵀ𝒥 has no negative eigenvalue."""
+        """The two give different but similar steps. With λ = 0 on CartPole the Hessian is indefinite, and every solve
+        is cut short; (2/N) 𝒥ᵀ𝒥 has no negative eigenvalue."""
         gauss_newton, hessian = self.update(curvature="gauss-newton")[0], self.update()[0]
         assert 0.02 < (gauss_newton - hessian).norm() / hessian.norm() < 0.5
         env = stac_ac.make_env("CartPole-v1")
@@ -530,6 +530,15 @@ class TestUpdate:
             run = stac_ac.Args(curvature=curvature, lam=0.0, cg_iters=50)
             _, _, info = stac_ac.stackelberg_update(actor, critic, *rates, batch, 0.0, run)
             assert info["negative_curvature"].item() == (curvature == "hessian")
+
+    @pytest.mark.parametrize("leader", ["none", "actor"])
+    def test_critic_loss_is_written_once(self, leader, monkeypatch):
+        """Half of the loss is half of the critic's first step and of those after it."""
+        before = [self.update(leader=leader, unroll=m)[1] for m in (1, 3)]
+        loss = stac_ac.critic_loss
+        monkeypatch.setattr(stac_ac, "critic_loss", lambda *arguments: loss(*arguments) / 2)
+        for step, m in zip(before, (1, 3)):
+            torch.testing.assert_close(self.update(leader=leader, unroll=m, critic_lr=0.02)[1], step)
 
     def test_start_states(self):
         assert not torch.allclose(self.update(start_states="initial")[0], self.update()[0], rtol=0.1)
