@@ -5,6 +5,7 @@
 #     benchmark/stsac.sh --dry-run          prints their commands, one a line
 #     WORKERS=4 SEEDS="1 2 3" ENVS="Hopper-v4 Walker2d-v4" VARIANTS="sac stsac-al" STEPS=300000 benchmark/stsac.sh
 #     FLAGS="--lam 100" VARIANTS=stsac-al benchmark/stsac.sh     # a new experiment, stsac-al-lam-100
+#     SCRIPT=benchmark/stsac_mean.py TAG=-mean VARIANTS=stsac-al-gn benchmark/stsac.sh     # with another script
 #
 # Runs land in the folder `runs` of the working directory, like those of the scripts themselves. What is finished, begun
 # and locked is launch.py's business.
@@ -33,7 +34,7 @@ unknown() { # variant
 }
 
 launch() { # script, arguments of the launcher
-  runs=$(matrix "$1") || exit
+  runs=$(matrix "${SCRIPT-$1}") || exit
   shift
   exec "$PYTHON" "$(dirname "$0")/launch.py" "$@" <<EOF
 $runs

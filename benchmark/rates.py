@@ -31,12 +31,13 @@ import matplotlib.pyplot as plt  # noqa: E402
 BATCHES = 5  # in a row of the CSV
 FIRST_COMPARED = 11  # the first seed that is compared and not chosen by
 COLUMNS = ["environment", "noise", "m", "arm", "rate", "seed", "step", "return", "ratio", "cosine"]
-ARMS = {  # (leader, start_states, curvature): label, colour
-    ("none", "every", "hessian"): ("AC", "#1f5fa8"),
-    ("actor", "every", "hessian"): ("STAC, every", "#b8171c"),
-    ("actor", "initial", "hessian"): ("STAC, initial", "#e08a1e"),
-    ("actor", "batch", "hessian"): ("STAC, batch", "#3a9a44"),
-    ("actor", "every", "gauss-newton"): ("STAC, every, Gauss–Newton", "#8458b3"),
+ARMS = {  # (leader, start_states, curvature, stac_ac_scaled.py): label, colour
+    ("none", "every", "hessian", False): ("AC", "#1f5fa8"),
+    ("actor", "every", "hessian", False): ("STAC, every", "#b8171c"),
+    ("actor", "initial", "hessian", False): ("STAC, initial", "#e08a1e"),
+    ("actor", "batch", "hessian", False): ("STAC, batch", "#3a9a44"),
+    ("actor", "every", "gauss-newton", False): ("STAC, every, Gauss–Newton", "#8458b3"),
+    ("actor", "every", "hessian", True): ("control: STAC, every, as long as AC", "#d45fa5"),
 }
 COLOURS = dict(ARMS.values())
 
@@ -53,7 +54,8 @@ class Args:
 def read_run(folder):
     """Key and values of a finished run of an arm; None for another."""
     args = torch.load(folder / "model.pt", weights_only=True)["args"]
-    arm = ARMS.get((args["leader"], args.get("start_states"), args.get("curvature")))
+    scaled = args["exp_name"].endswith("-scaled")
+    arm = ARMS.get((args["leader"], args.get("start_states"), args.get("curvature"), scaled))
     if "num_steps" not in args or not arm:
         return None
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})  # critical: 0 is all of them

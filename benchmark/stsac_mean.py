@@ -2,7 +2,9 @@
 
 With Gauss-Newton the implicit term is Σ_i df1/dy_i ∇_θy_i, and df1/dy comes of a linear system for each Q network. Here
 df1/dy_i is replaced by its mean over the batch: of second order nothing is left but one number a network. All else,
-flags included, is stsac.py's: --leader actor --curvature gauss-newton.
+flags included, is stsac.py's: --leader actor --curvature gauss-newton. Made by a launcher:
+
+    SCRIPT=benchmark/stsac_mean.py TAG=-mean VARIANTS=stsac-al-gn benchmark/stsac.sh
 """
 
 import sys

@@ -41,7 +41,7 @@ def here(tmp_path, monkeypatch):
 # Launchers
 def start(launcher, *options, **variables):
     """A launcher as a user starts it, in a process group of its own."""
-    unset = set("ENVS VARIANTS SEEDS STEPS FLAGS TAG WORKERS ARMS RATES UNROLLS".split())
+    unset = set("ENVS VARIANTS SEEDS STEPS FLAGS TAG WORKERS ARMS RATES UNROLLS SCRIPT".split())
     env = {name: value for name, value in os.environ.items() if name not in unset}
     env |= {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT / "tests"), **variables}
     line = [ROOT / "benchmark" / launcher, *options]
@@ -105,9 +105,10 @@ def test_commands_of_the_off_policy_launchers(here, launcher, plain):
     assert dry_run(launcher) == [common.format(env, name, seed, games[name]) for seed, env, name in matrix]
 
 
-def test_command_of_the_control(here):
-    line = "--env-id HalfCheetah-v4 --exp-name stsac-al-mean --seed 1 --total-timesteps 1000000 --leader actor"
-    found = dry_run("stsac_mean.sh", script="benchmark/stsac_mean.py", SEEDS="1", ENVS="HalfCheetah-v4")
+def test_commands_of_a_control(here):
+    line = "--env-id HalfCheetah-v4 --exp-name stsac-al-gn-mean --seed 1 --total-timesteps 1000000 --leader actor"
+    variables = {"SCRIPT": "benchmark/stsac_mean.py", "TAG": "-mean", "VARIANTS": "stsac-al-gn"}
+    found = dry_run("stsac.sh", script=variables["SCRIPT"], SEEDS="1", ENVS="HalfCheetah-v4", **variables)
     assert found == [line + " --curvature gauss-newton --save-model"]
 
 

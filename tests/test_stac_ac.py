@@ -1,12 +1,14 @@
 """stac_ac.py as its users run it, and the pieces between the simulator and the surrogates."""
 
 import functools
+import importlib
 import itertools
 import math
 import shutil
 import signal
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -539,6 +541,14 @@ class TestUpdate:
         monkeypatch.setattr(stac_ac, "critic_loss", lambda *arguments: loss(*arguments) / 2)
         for step, m in zip(before, (1, 3)):
             torch.testing.assert_close(self.update(leader=leader, unroll=m, critic_lr=0.02)[1], step)
+
+    def test_control_as_long_as_ac(self, monkeypatch):
+        """benchmark/stac_ac_scaled.py: the direction of the one and the length of the other."""
+        total, plain = self.update()[0], self.update(leader="none")[0]
+        monkeypatch.syspath_prepend(Path(stac_ac.__file__).parent / "benchmark")
+        scaled_derivative = importlib.import_module("stac_ac_scaled").scaled_derivative
+        monkeypatch.setattr(stac_ac, "total_derivative", scaled_derivative)
+        torch.testing.assert_close(self.update()[0], total * plain.norm() / total.norm())
 
     def test_start_states(self):
         assert not torch.allclose(self.update(start_states="initial")[0], self.update()[0], rtol=0.1)
