@@ -168,8 +168,22 @@ def comparison_rows(panels):
             yield [title, arm, f"{rate:g}{wrong}", mark([len(runs)]), *cells]
 
 
+def doubled_rows(panels):
+    rng = np.random.default_rng(0)
+    yield "task", "pairs of rates", "seeds each", "better in the area"
+    for title, panel in panels.items():
+        batch, ac = (panel.get(arm, {}) for arm in ("STAC, batch", "AC"))
+        common = [rate for rate in batch if chosen(batch[rate]) and chosen(ac.get(2 * rate, {}))]
+        pairs = [(chosen(batch[rate]), chosen(ac[2 * rate])) for rate in common]
+        if pairs:
+            names = ", ".join(f"{rate:g}/{2 * rate:g}" for rate in common)
+            estimate = improvement_interval([(area(x), area(y)) for x, y in pairs], rng)
+            seeds = min(len(runs) for pair in pairs for runs in pair)
+            yield title, names, mark([seeds]), cell(estimate, seeds, 2)
+
+
 def report(panels):
-    rates, comparison = (list(rows(panels)) for rows in (rate_rows, comparison_rows))
+    rates, comparison, doubled = (list(rows(panels)) for rows in (rate_rows, comparison_rows, doubled_rows))
     return f"""Area under the curve (mean return of the batches) at each learning rate of the actor; mean, lowest and highest of the
 seeds up to {FIRST_COMPARED - 1}. **Bold**: the best.
 
@@ -179,7 +193,10 @@ score: mean of the batches in the last tenth. Better than AC: how often a seed b
 no difference. Last two columns: medians over a run's batches, from the lowest to the highest seed. † few seeds; ‡ the
 best rate is an end of those that were tried; § the seeds that chose are the ones compared, so the score is too high.
 
-{table(comparison[0], comparison[1:])}"""  # noqa: E501
+{table(comparison[0], comparison[1:])}
+STAC `batch` against AC at twice its rate, seeds up to {FIRST_COMPARED - 1}: how often a seed of it beats one of AC, mean over the rates.
+
+{table(doubled[0], doubled[1:])}"""  # noqa: E501
 
 
 # Figure
