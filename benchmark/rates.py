@@ -163,7 +163,7 @@ def comparison_rows(panels):
             for mine, plain in zip(scores[arm], scores["AC"]) if arm != "AC" and "AC" in scores else []:
                 cells.append(cell(improvement_interval([(mine, plain)], rng), len(runs), 2))
             terms = np.array([np.median(run[:, 2:], 0) for run in runs])
-            sizes = [f"{low:.2g} to {high:.2g}" for low, high in zip(terms.min(0), terms.max(0)) if not np.isnan(low)]
+            sizes = [f"{low:.3g} to {high:.3g}" for low, high in zip(terms.min(0), terms.max(0)) if not np.isnan(low)]
             cells += [""] * (4 - len(cells)) + sizes + [""] * (2 - len(sizes))
             yield [title, arm, f"{rate:g}{wrong}", mark([len(runs)]), *cells]
 
@@ -223,7 +223,9 @@ def draw(panels, path):
                 bottom.plot(steps, np.median([run[:, 2] for run in runs], 0), color=COLOURS[arm])
         top.set(xscale="log", xlabel="actor's learning rate", ylabel="area under the curve")
         middle.set(xlabel="environment steps", ylabel="return of the batch")
-        middle.legend(fontsize=7, frameon=False)
+        low, high = middle.get_ylim()
+        middle.set_ylim(low, high + 0.5 * (high - low))  # room for the legend
+        middle.legend(fontsize=7, frameon=False, loc="upper left")
         bottom.set(xlabel="environment steps", ylabel="|implicit| / |direct|", yscale="log")
         bottom.set_ylim(bottom=max(bottom.get_ylim()[0], 1e-3))
         for ax in (top, middle, bottom):
