@@ -6,15 +6,18 @@ writes to the folder `plots`
 
 - figure3.png: a row for each of AC, DDPG and SAC with its Stackelberg versions, a panel for each task; mean over seeds
   and its 95 % bootstrap interval at each step. Panels with fewer than five seeds are marked.
-- table.md, also printed: final scores and areas under the curve, and how probably a Stackelberg version is better than
-  the plain one. What these are exactly, it says itself.
-- curves.csv: every point of every run: environment, experiment, seed, step, return.
+- terms.png, if there are Stackelberg versions: how long the implicit term is beside the direct one, and their cosine.
+- table.md, also printed: final scores and areas under the curve, how probably a Stackelberg version is better than the
+  plain one, and both terms at the end. What these are exactly, it says itself.
+- curves.csv: every point of every run, and flags.json: the flags of each experiment. With --add, runs that are in these
+  two and not in the folders stay.
 
 Returns are those that the scripts measure: of the evaluations (stddpg.py, stsac.py) or of the batches (stac_ac.py).
 A run counts if it is finished, that is, has a model.pt; the others are named and left out.
 """
 
 import csv
+import json
 import logging
 import sys
 from collections import defaultdict
@@ -67,6 +70,8 @@ class Args:
     """draw the mean of this many last points of a run; the scores are of the runs as they are"""
     unfinished: bool = False
     """count runs that are not finished, too, as far as they are"""
+    add: bool = False
+    """add to the curves.csv of the folder written to: its runs count, too, unless a folder has the same run"""
 
 
 class Run(NamedTuple):
@@ -79,6 +84,8 @@ class Run(NamedTuple):
     """environment steps [T], rising"""
     returns: np.ndarray
     """[T]"""
+    terms: np.ndarray
+    """[T, 2] |implicit| / |direct| and the cosine of the two, medians over the updates since the last return, or NaN"""
 
 
 def stop(message):
@@ -107,12 +114,43 @@ def read_run(folder):
     for family, (flag, tag, _) in FAMILIES.items():
         if flag in flags and tag in tags["scalars"]:
             points = np.array([(event.step, event.value) for event in events.Scalars(tag)])
-            return Run(family, flags["env_id"], experiment, int(seed), flags, points[:, 0], points[:, 1])
+            key = family, flags["env_id"], experiment, int(seed)
+            return Run(*key, flags, *points.T, read_terms(events, points[:, 0]))
     return None
 
 
-def read(folders, unfinished):
-    """All runs that count, those of one experiment one after the other."""
+def read_terms(events, steps):
+    """A run's `terms` at the steps of its returns."""
+    terms = np.full((len(steps), 2), np.nan)
+    tags = [f"stackelberg/{name}" for name in ("direct_norm", "implicit_norm", "cosine")]
+    if set(tags) <= set(events.Tags()["scalars"]):
+        when = np.array([event.step for event in events.Scalars(tags[0])])
+        direct, implicit, cosine = ([event.value for event in events.Scalars(tag)] for tag in tags)
+        values = np.column_stack([implicit / np.maximum(direct, np.finfo(np.float32).tiny), cosine])
+        for i, end in enumerate(np.searchsorted(when, steps, side="right")):
+            begin = np.searchsorted(when, steps[i - 1], side="right") if i else 0
+            if begin < end:
+                terms[i] = np.median(values[begin:end], axis=0)
+    return terms
+
+
+def read_csv(folder):
+    """{key: run} of what `write` has written there."""
+    flags, rows = json.loads((folder / "flags.json").read_text()), defaultdict(list)
+    with open(folder / "curves.csv", newline="") as file:
+        for environment, experiment, seed, *values in list(csv.reader(file))[1:]:
+            rows[environment, experiment, int(seed)].append([float(value or "nan") for value in values])
+    found = {}
+    for (environment, experiment, seed), values in rows.items():
+        mine, values = flags[f"{environment}__{experiment}"], np.array(values)
+        family = next(family for family, (flag, _, _) in FAMILIES.items() if flag in mine)
+        key = family, environment, experiment, seed
+        found[key] = Run(*key, mine, values[:, 0], values[:, 1], values[:, 2:])
+    return found
+
+
+def read(folders, unfinished, earlier=None):
+    """All runs that count, those of one experiment one after the other; `earlier` is {key: run}."""
     found = {}
     for folder in folders:
         if not folder.is_dir():
@@ -131,6 +169,7 @@ def read(folders, unfinished):
                         f"more than one run of {run.experiment}, {run.environment}, seed {run.seed}: the longest counts"
                     )
                 found[key] = max(run, found.get(key, run), key=lambda run: run.steps[-1])
+    found = (earlier or {}) | found
     names = list({**COLOURS, **{run.experiment: "" for run in found.values()}})
     return sorted(
         found.values(),
@@ -151,14 +190,17 @@ def group(runs):
     return groups
 
 
-def align(runs):
-    """Steps [T] to the last that all runs have come to, and returns [runs, T], interpolated where one has no point."""
+def align(runs, of=lambda run: run.returns):
+    """Steps [T] to the last that all runs have come to, and returns [runs, T], interpolated where one has no point.
+
+    of: what to take of a run instead of its returns, [T].
+    """
     first, last = max(run.steps[0] for run in runs), min(run.steps[-1] for run in runs)
     steps = np.unique(np.concatenate([run.steps for run in runs]))
     steps = steps[(steps >= first) & (steps <= last)]
     if not len(steps):
         stop(f"{runs[0].environment}: no step is common to all runs of {runs[0].family}")
-    return steps, np.array([np.interp(steps, run.steps, run.returns) for run in runs])
+    return steps, np.array([np.interp(steps, run.steps, of(run)) for run in runs])
 
 
 # Statistics, in numpy: rliable, which has these definitions, brings half a gigabyte of packages and does not work with
@@ -303,13 +345,28 @@ def improvement_rows(panels, scores, rng):
             yield tasks[0] if len(tasks) == 1 else f"{len(tasks)} tasks", name, other, mark(seeds), *cells
 
 
+def term_rows(panels):
+    """Rows of the table of both terms: of each run the median in the last tenth of its steps, lowest and highest."""
+    for environment, panel in panels.items():
+        for name, runs in panel.items():
+            if any(has_terms(run) for run in runs):
+                ends = [
+                    np.nanmedian(run.terms[run.steps > 0.9 * run.steps[-1]], axis=0) for run in runs if has_terms(run)
+                ]
+                cells = [
+                    f"{low:.2g} to {high:.2g}".replace("-", "−") for low, high in zip(np.min(ends, 0), np.max(ends, 0))
+                ]
+                yield environment, name, mark([len(ends)]), *cells
+
+
 def report(groups):
     """The text of table.md."""
-    rng, rows, improvements = np.random.default_rng(0), [], []
+    rng, rows, improvements, terms = np.random.default_rng(0), [], [], []
     for panels in groups.values():
         scores = {environment: score(panel) for environment, panel in panels.items()}
         rows += score_rows(panels, scores, rng)
         improvements += improvement_rows(panels, scores, rng)
+        terms += term_rows(panels)
     text = f"""Interquartile mean over seeds (without the best and the worst quarter, rounded down) and its {LEVEL} %
 bootstrap interval. Steps: the last that all runs of the task and family have come to; no later point counts. Final
 score: mean of a run's returns in the last tenth of these steps. Area under the curve: mean return over these steps
@@ -330,6 +387,13 @@ every seed of one beats every seed of the other, the interval has no width, howe
 
 """
         text += table(["task", "version", "over", "seeds", *SCORES], improvements)
+    if terms:
+        text += """
+Both terms of the total derivative at the end: medians over the last tenth of a run, from the lowest to the highest
+seed.
+
+"""
+        text += table(["task", "version", "seeds", "implicit / direct", "cosine"], terms)
     return text
 
 
@@ -340,6 +404,15 @@ def smoothed(returns, points):
     stops = np.arange(1, returns.shape[1] + 1)
     starts = np.maximum(stops - points, 0)
     return (sums[:, stops] - sums[:, starts]) / (stops - starts)
+
+
+def style(axes):
+    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
+    axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
+    axes.set_xlim(left=0)
+    axes.set_xlabel("environment steps")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def draw_panel(axes, environment, panel, colours, points, rng):
@@ -360,20 +433,19 @@ def draw_panel(axes, environment, panel, colours, points, rng):
     box = {"boxstyle": "round", "facecolor": "#ffe08a" if few else "none", "edgecolor": "none"}
     where = {"xy": (0.5, 1), "xytext": (0, 9), "xycoords": "axes fraction", "textcoords": "offset points"}
     axes.annotate(text, **where, ha="center", fontsize=8, bbox=box)
-    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
-    axes.xaxis.set_major_formatter(thousand)
-    axes.set_xlim(left=0)
-    axes.set_xlabel("environment steps")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    style(axes)
+
+
+def colours_of(groups):
+    """{experiment: colour}"""
+    names = {name: None for panels in groups.values() for panel in panels.values() for name in panel}
+    others = iter(OTHER_COLOURS * len(names))
+    return {name: COLOURS[name] if name in COLOURS else next(others) for name in names}
 
 
 def draw(groups, points, path):
     """Figure 3: a row for each family, a panel for each task."""
-    rng = np.random.default_rng(0)
-    names = {name: None for panels in groups.values() for panel in panels.values() for name in panel}
-    others = iter(OTHER_COLOURS * len(names))
-    colours = {name: COLOURS[name] if name in COLOURS else next(others) for name in names}
+    rng, colours = np.random.default_rng(0), colours_of(groups)
     columns = max(len(panels) for panels in groups.values())
     curves = [len({name for panel in panels.values() for name in panel}) for panels in groups.values()]
     heights = [max(3.2, 1 + 0.2 * number) for number in curves]  # inches, room for the legend
@@ -388,39 +460,81 @@ def draw(groups, points, path):
         smoothing = f",\nmean of the last {points} points" if points > 1 else ""
         all_axes[0].set_ylabel(FAMILIES[family][2] + smoothing)
         handles = {label: h for axes in all_axes for h, label in zip(*axes.get_legend_handles_labels())}
-        legend = {name: handles[name] for name in names if name in handles}
-        style = {"frameon": False, "fontsize": 9, "alignment": "left"}
+        legend = {name: handles[name] for name in colours if name in handles}
+        place = {"frameon": False, "fontsize": 9, "alignment": "left"}
         title = f"{family}\nmean and {LEVEL} %\nbootstrap interval"
-        row.legend(legend.values(), legend.keys(), loc="outside right upper", title=title, **style)
+        row.legend(legend.values(), legend.keys(), loc="outside right upper", title=title, **place)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def write_csv(runs, path):
-    """Every point of every run."""
-    with open(path, "w", newline="") as file:
+def has_terms(run):
+    return not np.isnan(run.terms).all()
+
+
+def draw_terms(groups, path):
+    """Two panels for each task, length and cosine of the implicit term; median over the seeds, lowest and highest."""
+    panels = [
+        (environment, name, [run for run in runs if has_terms(run)])
+        for family in groups.values()
+        for environment, panel in family.items()
+        for name, runs in panel.items()
+        if any(map(has_terms, runs))
+    ]
+    titles, colours = (
+        list(dict.fromkeys((environment, runs[0].family) for environment, _, runs in panels)),
+        colours_of(groups),
+    )
+    figure, axes = plt.subplots(
+        2, len(titles), figsize=(1 + 3.3 * len(titles), 5.5), layout="constrained", squeeze=False
+    )
+    for environment, name, runs in panels:
+        column = titles.index((environment, runs[0].family))
+        for i, ax in enumerate(axes[:, column]):
+            steps, values = align(runs, lambda run: run.terms[:, i])  # noqa: B023
+            ax.plot(steps, np.median(values, axis=0), color=colours[name], lw=1.3, label=name)
+            ax.fill_between(steps, values.min(0), values.max(0), color=colours[name], alpha=0.18, lw=0)
+            style(ax)
+    for (top, bottom), (environment, _) in zip(axes.T, titles):
+        top.set_title(environment, fontsize=11)
+        top.set(yscale="log", ylabel="|implicit| / |direct|")
+        top.legend(fontsize=8, frameon=False)
+        bottom.set(ylabel="cosine of the two terms")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def write(runs, folder):
+    """curves.csv and flags.json: every point of every run, and the flags of each experiment that are not neutral."""
+    with open(folder / "curves.csv", "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["environment", "experiment", "seed", "step", "return"])
+        writer.writerow(["environment", "experiment", "seed", "step", "return", "ratio", "cosine"])
         for run in runs:
-            for step, value in zip(run.steps, run.returns):
-                writer.writerow([run.environment, run.experiment, run.seed, int(step), f"{value:.7g}"])
+            for step, value, terms in zip(run.steps, run.returns, run.terms):
+                cells = ["" if np.isnan(x) else f"{x:.4g}" for x in terms]
+                writer.writerow([run.environment, run.experiment, run.seed, int(step), f"{value:.7g}", *cells])
+    flags = {f"{run.environment}__{run.experiment}": run.flags for run in runs}
+    kept = {key: {flag: mine[flag] for flag in sorted(mine.keys() - NEUTRAL)} for key, mine in flags.items()}
+    (folder / "flags.json").write_text(json.dumps(kept, indent=1) + "\n")
 
 
 def main():
     args = tyro.cli(Args, description=__doc__)
     if args.smooth < 1:
         stop("--smooth must be at least 1")
-    runs = read(args.folders, args.unfinished)
+    runs = read(args.folders, args.unfinished, read_csv(args.out) if args.add else {})
     if not runs:
         stop(f"no finished run in {', '.join(map(str, args.folders))}")
     groups = group(runs)
     args.out.mkdir(parents=True, exist_ok=True)
-    write_csv(runs, args.out / "curves.csv")
+    write(runs, args.out)
     text = report(groups)
     (args.out / "table.md").write_text(text)
     draw(groups, args.smooth, args.out / "figure3.png")
+    if any(map(has_terms, runs)):
+        draw_terms(groups, args.out / "terms.png")
     print(text)
-    note(f"{len(runs)} runs; wrote figure3.png, table.md and curves.csv to {args.out}")
+    note(f"{len(runs)} runs; wrote to {args.out}")
 
 
 if __name__ == "__main__":

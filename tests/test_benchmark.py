@@ -366,17 +366,50 @@ def test_runs_of_one_name_with_unequal_flags(here, capsys):
     assert "lam is 500.0 with seed 1, 100.0 with seed 2" in capsys.readouterr().err
 
 
+def write_terms(path, points):
+    """Adds what a Stackelberg version logs: {step: (|direct|, |implicit|, cosine)}."""
+    writer = SummaryWriter(str(path), filename_suffix="terms")
+    for step, values in points.items():
+        for tag, value in zip(("direct_norm", "implicit_norm", "cosine"), values):
+            writer.add_scalar(f"stackelberg/{tag}", value, step)
+    writer.close()
+
+
+def test_terms(here):
+    """Medians over what came since the last return, that step included; a policy that has died has no gradient."""
+    path = write_run("stddpg-al", 1, [1, 2, 3, 4], {**DDPG, "leader": "actor"})
+    points = {
+        2: (1, 8, 0.5),
+        5: (2, 2, 0.25),
+        10: (4, 2, -1),
+        11: (2, 6, 1),
+        20: (4, 4, 0),
+        33: (0, 0, 0),
+        41: (1, 9, 1),
+    }
+    write_terms(path, points)
+    run = plot.read_run(path)
+    assert np.array_equal(run.terms, [[1, 0.25], [2, 0.5], [np.nan, np.nan], [0, 0]], equal_nan=True)
+    assert np.isnan(plot.read_run(write_run("ddpg", 1, [1, 2])).terms).all()
+
+
 def test_curves_csv(here):
     write_run("ddpg", 1, [0.1, -2e-7, 1234567.0])
-    write_run("stddpg-al", 2, [3.5], {**DDPG, "leader": "actor"})
+    write_terms(write_run("stddpg-al", 2, [3.5], {**DDPG, "leader": "actor"}), {10: (2, 1, 0.1234567)})
     runs = plot.read([Path("runs")], False)
-    plot.write_csv(runs, "curves.csv")
+    plot.write(runs, here)
     rows = list(csv.DictReader(open("curves.csv")))
-    assert list(rows[0]) == ["environment", "experiment", "seed", "step", "return"]
+    assert list(rows[0]) == ["environment", "experiment", "seed", "step", "return", "ratio", "cosine"]
+    assert [(row["ratio"], row["cosine"]) for row in rows] == [("", "")] * 3 + [("0.5", "0.1235")]
     back = [(row["environment"], row["experiment"], int(row["seed"]), int(row["step"])) for row in rows]
     expected = [("Hopper-v4", "ddpg", 1, step) for step in (10, 20, 30)] + [("Hopper-v4", "stddpg-al", 2, 10)]
     assert back == expected
     assert [float(row["return"]) for row in rows] == pytest.approx([0.1, -2e-7, 1234567.0, 3.5], rel=1e-6)
+    again = plot.read([], False, plot.read_csv(here))
+    assert [run[:4] for run in again] == [run[:4] for run in runs]
+    assert again[1].flags["leader"] == "actor" and not plot.NEUTRAL & set(again[1].flags)
+    plot.write(again, here)
+    assert list(csv.DictReader(open("curves.csv"))) == rows
 
 
 # plot.py: statistics
@@ -438,7 +471,8 @@ def test_the_bootstrap_draws_within_each_task():
 
 def fake(experiment, seed, steps, returns, environment="E-v0", **flags):
     flags = {"leader": "none", "policy_lr": "0.1", "gamma": "0.99", "lam": "0", **flags}
-    return plot.Run("AC, STAC", environment, experiment, seed, flags, np.array(steps), np.array(returns, float))
+    terms = np.full((len(steps), 2), np.nan)
+    return plot.Run("AC, STAC", environment, experiment, seed, flags, np.array(steps), np.array(returns, float), terms)
 
 
 def test_runs_are_compared_at_the_steps_common_to_all():
@@ -540,8 +574,27 @@ def test_command_line(here, capsys, monkeypatch):
     plot.main()
     out, err = capsys.readouterr()
     assert out.strip() == Path("a/b/table.md").read_text().strip() and "6 runs" in err
-    assert plt.imread("a/b/figure3.png").std() > 0.01
+    assert plt.imread("a/b/figure3.png").std() > 0.01 and not Path("a/b/terms.png").exists()
     assert len(Path("a/b/curves.csv").read_text().splitlines()) == 1 + 6 * 2
+
+    # two more runs, one of them instead of an earlier one; the folder has no other
+    shutil.move("runs", "earlier")
+    stac = {**AC, "leader": "actor", "lam": 1}
+    for seed in (1, 2):
+        write_terms(write_run("stac-al-m1", seed, [3, 4], stac), {10: (1, 1, 0.5), 20: (1, 2 * seed, -0.5)})
+    write_run("ac-m1", 2, [7, 9], AC)
+    monkeypatch.setattr(sys, "argv", ["plot.py", "runs", "--out", "a/b", "--add"])
+    plot.main()
+    out, err = capsys.readouterr()
+    assert "8 runs" in err and plt.imread("a/b/terms.png").std() > 0.01
+    found = {(row[0], row[1]): row[2:] for row in rows(out)}
+    assert found["CartPole-v1", "ac-m1"][2].startswith("6.000 (")  # (3 + 9) / 2
+    assert found["CartPole-v1", "stac-al-m1"] == ["2 †", "2 to 4", "−0.5 to −0.5"]  # the last table
+    improvement = next(row for row in rows(out) if row[1:3] == ["stac-al-m1", "ac-m1"])
+    assert improvement[4].startswith("0.50 (")
+    monkeypatch.setattr(sys, "argv", ["plot.py", "runs", "--out", "a/b"])
+    plot.main()
+    assert "3 runs" in capsys.readouterr().err
     for folder, expected in [("none", "no folder none"), ("a", "no finished run in a")]:
         monkeypatch.setattr(sys, "argv", ["plot.py", folder])
         with pytest.raises(SystemExit) as error:
