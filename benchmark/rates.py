@@ -7,7 +7,8 @@ reads finished runs of stac_ac.py and writes
 - stac_ac_rates.csv: for five batches each of every run the mean return, and medians of |implicit| / |direct| and of the
   cosine. Runs of an earlier CSV that are not in the folders stay.
 - stac_ac_rates.md, also printed: the score of each arm at each rate, and the comparison at the best one.
-- stac_ac_rates.png: score against rate, learning curves at the best rate, and the size of the implicit term.
+- stac_ac_rates.png: score against rate, learning curves at the best rate, and the size of the implicit term;
+  stac_ac_curves.png: the last two of these for tasks where there was no choice.
 
 An arm's best rate is that of the largest mean area under the curve over the seeds up to 10. The seeds from 11 on are
 compared, which had no part in the choice. Where there was no choice, all seeds are compared.
@@ -199,21 +200,25 @@ STAC `batch` against AC at twice its rate, seeds up to {FIRST_COMPARED - 1}: how
 {table(doubled[0], doubled[1:])}"""  # noqa: E501
 
 
-# Figure
+# Figures
+def has_choice(panel):
+    return max(map(len, panel.values())) > 1
+
+
 def draw(panels, path):
     """A column for each task, noise and m; score against rate, curves at the best rate, size of the implicit term."""
-    rng, columns = np.random.default_rng(0), len(panels)
-    figure, axes = plt.subplots(3, columns, figsize=(1 + 3.2 * columns, 8.5), layout="constrained", squeeze=False)
-    for (top, middle, bottom), (title, panel) in zip(axes.T, panels.items()):
-        top.set_title(title, fontsize=10)
-        if max(map(len, panel.values())) == 1:
-            top.set_axis_off()
+    rng, columns, rows = np.random.default_rng(0), len(panels), 3 if any(map(has_choice, panels.values())) else 2
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(1 + 3.2 * columns, 2.8 * rows), layout="constrained", squeeze=False
+    )
+    for (*top, middle, bottom), (title, panel) in zip(axes.T, panels.items()):
+        (*top, middle)[0].set_title(title, fontsize=10)
         for arm, rates in panel.items():
             scores = {rate: area(chosen(seeds)) for rate, seeds in sorted(rates.items()) if chosen(seeds)}
-            if len(scores) > 1:
+            for ax in top:
                 value = np.array([x.mean() for x in scores.values()])
                 low, high = np.array([mean_interval(x[:, None], rng)[:, 0] for x in scores.values()]).T
-                top.errorbar([*scores], value, [value - low, high - value], color=COLOURS[arm], marker="o", ms=3)
+                ax.errorbar([*scores], value, [value - low, high - value], color=COLOURS[arm], marker="o", ms=3)
             rate, runs, _ = best(rates)
             steps, returns = runs[0][:, 0], returns_of(runs)
             label = arm + f", {rate:g}" * (len(rates) > 1)
@@ -221,14 +226,15 @@ def draw(panels, path):
             middle.fill_between(steps, *mean_interval(returns, rng), color=COLOURS[arm], alpha=0.18, lw=0)
             if not np.isnan(runs[0][0, 2]):
                 bottom.plot(steps, np.median([run[:, 2] for run in runs], 0), color=COLOURS[arm])
-        top.set(xscale="log", xlabel="actor's learning rate", ylabel="area under the curve")
+        for ax in top:
+            ax.set(xscale="log", xlabel="actor's learning rate", ylabel="area under the curve")
         middle.set(xlabel="environment steps", ylabel="return of the batch")
         low, high = middle.get_ylim()
         middle.set_ylim(low, high + 0.5 * (high - low))  # room for the legend
         middle.legend(fontsize=7, frameon=False, loc="upper left")
         bottom.set(xlabel="environment steps", ylabel="|implicit| / |direct|", yscale="log")
         bottom.set_ylim(bottom=max(bottom.get_ylim()[0], 1e-3))
-        for ax in (top, middle, bottom):
+        for ax in (*top, middle, bottom):
             ax.spines[["top", "right"]].set_visible(False)
             ax.grid(alpha=0.25)
         for ax in (middle, bottom):
@@ -255,7 +261,9 @@ def main():
     panels = panels_of(read_csv(path))  # as the CSV has it: the same tables come of the CSV alone
     text = report(panels)
     (args.out / "stac_ac_rates.md").write_text(text)
-    draw(panels, args.out / "stac_ac_rates.png")
+    for name, choice in (("stac_ac_rates.png", True), ("stac_ac_curves.png", False)):
+        if some := {title: panel for title, panel in panels.items() if has_choice(panel) == choice}:
+            draw(some, args.out / name)
     print(text)
 
 
