@@ -38,6 +38,7 @@ ARMS = {  # (leader, start_states, curvature, stac_ac_scaled.py): label, colour
     ("actor", "initial", "hessian", False): ("STAC, initial", "#e08a1e"),
     ("actor", "batch", "hessian", False): ("STAC, batch", "#3a9a44"),
     ("actor", "every", "gauss-newton", False): ("STAC, every, Gauss–Newton", "#8458b3"),
+    ("actor", "batch", "gauss-newton", False): ("STAC, batch, Gauss–Newton", "#17a2a8"),
     ("actor", "every", "hessian", True): ("control: STAC, every, as long as AC", "#d45fa5"),
 }
 COLOURS = dict(ARMS.values())
@@ -171,16 +172,17 @@ def comparison_rows(panels):
 
 def doubled_rows(panels):
     rng = np.random.default_rng(0)
-    yield "task", "pairs of rates", "seeds each", "better in the area"
-    for title, panel in panels.items():
-        batch, ac = (panel.get(arm, {}) for arm in ("STAC, batch", "AC"))
+    yield "task", "run", "pairs of rates", "seeds each", "better in the area"
+    arms = "STAC, batch", "STAC, batch, Gauss–Newton"
+    for title, panel, arm in [(*item, arm) for item in panels.items() for arm in arms]:
+        batch, ac = panel.get(arm, {}), panel.get("AC", {})
         common = [rate for rate in batch if chosen(batch[rate]) and chosen(ac.get(2 * rate, {}))]
         pairs = [(chosen(batch[rate]), chosen(ac[2 * rate])) for rate in common]
         if pairs:
             names = ", ".join(f"{rate:g}/{2 * rate:g}" for rate in common)
             estimate = improvement_interval([(area(x), area(y)) for x, y in pairs], rng)
             seeds = min(len(runs) for pair in pairs for runs in pair)
-            yield title, names, mark([seeds]), cell(estimate, seeds, 2)
+            yield title, arm, names, mark([seeds]), cell(estimate, seeds, 2)
 
 
 def report(panels):

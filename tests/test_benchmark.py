@@ -651,7 +651,7 @@ def test_rates(here, monkeypatch, capsys):
     assert batch[8:] == ["1 to 1", "0.25 to 0.25"]  # medians of the rows: 1, 0 and 0.5, 0, so 0.5 and 0.25
     assert rows[4][:4] == ["CartPole-v1, m = 80", "AC", "0.2 ‡ §", "1 †"]
     # at 0.1 the areas are 2 × -12.5, and AC's at 0.2 are 2 × 10
-    assert rows[5] == [title, "0.1/0.2", "2 †", "0.00 (0.00 to 0.00)"]
+    assert rows[5] == [title, "STAC, batch", "0.1/0.2", "2 †", "0.00 (0.00 to 0.00)"]
     assert (here / "out" / "stac_ac_rates.png").stat().st_size > 10_000
 
     lines = (here / "out" / "stac_ac_rates.csv").read_text()
