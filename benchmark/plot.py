@@ -350,12 +350,9 @@ def term_rows(panels):
     for environment, panel in panels.items():
         for name, runs in panel.items():
             if any(has_terms(run) for run in runs):
-                ends = [
-                    np.nanmedian(run.terms[run.steps > 0.9 * run.steps[-1]], axis=0) for run in runs if has_terms(run)
-                ]
-                cells = [
-                    f"{low:.2g} to {high:.2g}".replace("-", "−") for low, high in zip(np.min(ends, 0), np.max(ends, 0))
-                ]
+                last = [run.terms[run.steps > 0.9 * run.steps[-1]] for run in runs if has_terms(run)]
+                ends = np.array([np.nanmedian(terms, axis=0) for terms in last])
+                cells = [f"{low:.2g} to {high:.2g}".replace("-", "−") for low, high in zip(ends.min(0), ends.max(0))]
                 yield environment, name, mark([len(ends)]), *cells
 
 
@@ -481,13 +478,9 @@ def draw_terms(groups, path):
         for name, runs in panel.items()
         if any(map(has_terms, runs))
     ]
-    titles, colours = (
-        list(dict.fromkeys((environment, runs[0].family) for environment, _, runs in panels)),
-        colours_of(groups),
-    )
-    figure, axes = plt.subplots(
-        2, len(titles), figsize=(1 + 3.3 * len(titles), 5.5), layout="constrained", squeeze=False
-    )
+    titles = list(dict.fromkeys((environment, runs[0].family) for environment, _, runs in panels))
+    colours, size = colours_of(groups), (1 + 3.3 * len(titles), 5.5)
+    figure, axes = plt.subplots(2, len(titles), figsize=size, layout="constrained", squeeze=False)
     for environment, name, runs in panels:
         column = titles.index((environment, runs[0].family))
         for i, ax in enumerate(axes[:, column]):
