@@ -232,7 +232,7 @@ def draw(panels, path):
             ax.set(xscale="log", xlabel="actor's learning rate", ylabel="area under the curve")
         middle.set(xlabel="environment steps", ylabel="return of the batch")
         low, high = middle.get_ylim()
-        middle.set_ylim(low, high + 0.75 * (high - low))  # room for the legend
+        middle.set_ylim(low, high + 0.14 * len(panel) * (high - low))  # room for the legend
         middle.legend(fontsize=7, frameon=False, loc="upper left")
         bottom.set(xlabel="environment steps", ylabel="|implicit| / |direct|", yscale="log")
         bottom.set_ylim(bottom=max(bottom.get_ylim()[0], 1e-3))
