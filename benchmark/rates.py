@@ -8,10 +8,10 @@ reads finished runs of stac_ac.py and writes
   cosine. Runs of an earlier CSV that are not in the folders stay.
 - stac_ac_rates.md, also printed: the score of each arm at each rate, and the comparison at the best one.
 - stac_ac_rates.png: score against rate, learning curves at the best rate, and the size of the implicit term;
-  stac_ac_curves.png: the last two of these for tasks where there was no choice.
+  stac_ac_curves.png: the last two of these for tasks where an arm had no choice.
 
 An arm's best rate is that of the largest mean area under the curve over the seeds up to 10. The seeds from 11 on are
-compared, which had no part in the choice. Where there was no choice, all seeds are compared.
+compared, which had no part in the choice. An arm that had no choice is compared with all its seeds.
 """
 
 import csv
@@ -138,14 +138,18 @@ def rate_rows(panels):
     everything = sorted({rate for p in panels.values() for rates in p.values() for rate in rates if len(rates) > 1})
     yield ["task", "run", "seeds", *everything]
     for title, panel in panels.items():
+        areas = [area(seeds.values()) for rates in panel.values() for seeds in rates.values()]
+        places = max(0, digits(np.concatenate(areas)) - 1)
         for arm, rates in panel.items():
             numbers = [len(chosen(seeds)) for seeds in rates.values() if chosen(seeds)]
             if len(numbers) > 1:
                 cells, (top, *_) = [], best(rates)
                 for rate in everything:
                     scores = area(chosen(rates.get(rate, {})))
-                    few = f" ({len(scores)} seeds)" * (len(scores) < max(numbers))
-                    text = f"{scores.mean():.0f} ({scores.min():.0f} to {scores.max():.0f}){few}" if len(scores) else ""
+                    few = f" ({mark([len(scores)])})" * (len(scores) < max(numbers))
+                    text = ""
+                    if len(scores):
+                        text = cell((scores.mean(), (scores.min(), scores.max())), len(scores), places) + few
                     cells.append(f"**{text}**" if rate == top else text)
                 yield [title, arm, max(numbers), *cells]
 
@@ -204,7 +208,7 @@ STAC `batch` against AC at twice its rate, seeds up to {FIRST_COMPARED - 1}: how
 
 # Figures
 def has_choice(panel):
-    return max(map(len, panel.values())) > 1
+    return min(map(len, panel.values())) > 1  # each arm
 
 
 def draw(panels, path):
@@ -264,7 +268,8 @@ def main():
     text = report(panels)
     (args.out / "stac_ac_rates.md").write_text(text)
     for name, choice in (("stac_ac_rates.png", True), ("stac_ac_curves.png", False)):
-        if some := {title: panel for title, panel in panels.items() if has_choice(panel) == choice}:
+        some = {title: p for title, p in panels.items() if has_choice(p) == choice and (choice or len(p) > 1)}
+        if some:
             draw(some, args.out / name)
     print(text)
 

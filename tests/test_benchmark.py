@@ -642,7 +642,7 @@ def test_rates(here, monkeypatch, capsys):
     head = next(line for line in text.splitlines() if line.startswith("| task")).split(" | ")
     assert head[2:] == ["seeds", "0.05", "0.1", "0.2", "0.4 |"]
     title = "CartPole-v1, m = 1"
-    assert rows[0] == [title, "AC", "2", "", "**16 (15 to 17)**", "10 (10 to 10)", "1 (1 to 1) (1 seeds)"]
+    assert rows[0] == [title, "AC", "2", "", "**16 (15 to 17)**", "10 (10 to 10)", "1 (1 †)"]
     ac, batch = rows[2:4]
     assert ac[:4] == [title, "AC", "0.1 ‡", "4 †"] and ac[4].startswith("−5.0 (")  # without −30 and 510
     assert ac[5].startswith("−10.0 (")
@@ -652,7 +652,8 @@ def test_rates(here, monkeypatch, capsys):
     assert rows[4][:4] == ["CartPole-v1, m = 80", "AC", "0.2 ‡ §", "1 †"]
     # at 0.1 the areas are 2 × -12.5, and AC's at 0.2 are 2 × 10
     assert rows[5] == [title, "STAC, batch", "0.1/0.2", "2 †", "0.00 (0.00 to 0.00)"]
-    assert (here / "out" / "stac_ac_rates.png").stat().st_size > 10_000
+    for name in ("stac_ac_rates.png", "stac_ac_curves.png"):  # m = 80, and m = 1 with an arm of one rate
+        assert (here / "out" / name).stat().st_size > 10_000
 
     lines = (here / "out" / "stac_ac_rates.csv").read_text()
     assert "CartPole-v1,0.0,1,AC,0.1,1,50,10,,\nCartPole-v1,0.0,1,AC,0.1,1,100,20,,\n" in lines  # two are no row
