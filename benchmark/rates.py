@@ -8,7 +8,7 @@ reads finished runs of stac_ac.py and writes
   cosine. Runs of an earlier CSV that are not in the folders stay.
 - stac_ac_rates.md, also printed: the score of each arm at each rate, and the comparison at the best one.
 - stac_ac_rates.png: score against rate, learning curves at the best rate, and the size of the implicit term;
-  stac_ac_curves.png: the last two of these for tasks where an arm had no choice.
+  stac_ac_curves.png: the last two of these for tasks with several arms, of which one had no choice.
 
 An arm's best rate is that of the largest mean area under the curve over the seeds up to 10. The seeds from 11 on are
 compared, which had no part in the choice. An arm that had no choice is compared with all its seeds.
@@ -267,8 +267,9 @@ def main():
     panels = panels_of(read_csv(path))  # as the CSV has it: the same tables come of the CSV alone
     text = report(panels)
     (args.out / "stac_ac_rates.md").write_text(text)
-    for name, choice in (("stac_ac_rates.png", True), ("stac_ac_curves.png", False)):
-        some = {title: p for title, p in panels.items() if has_choice(p) == choice and (choice or len(p) > 1)}
+    with_choice = {title: panel for title, panel in panels.items() if has_choice(panel)}
+    others = {title: panel for title, panel in panels.items() if not has_choice(panel) and len(panel) > 1}
+    for name, some in (("stac_ac_rates.png", with_choice), ("stac_ac_curves.png", others)):
         if some:
             draw(some, args.out / name)
     print(text)
