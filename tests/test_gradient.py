@@ -1,5 +1,7 @@
 """The Stackelberg gradient against dense oracles, finite differences and the limits of Proposition 2, in float64."""
 
+import math
+
 import pytest
 import torch
 from gymnasium.spaces import Box
@@ -253,6 +255,17 @@ def test_log_prob_is_a_density():
         torch.testing.assert_close(density(action).squeeze(-1).log(), log_prob, rtol=1e-6, atol=1e-6)
         grid = torch.linspace(low, high, 20001, dtype=torch.float64)[1:-1, None]
         assert torch.trapezoid(density(grid).squeeze(), grid.squeeze()) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("output, log_std", [(10.0, 2.0), (1.0, 1.0), (-50.0, -20.0)])
+def test_log_std_is_bounded(output, log_std):
+    """At the mode u = 0 of a policy on [-1, 1]: log π = -log σ - log(2π)/2, and log σ is in [-20, 2]."""
+    actor = stsac.Actor(Box(-1.0, 1.0, (3,)), Box(-1.0, 1.0, (1,)), (8,)).double()
+    with torch.no_grad():
+        actor.net[-1].weight.zero_()
+        actor.net[-1].bias.copy_(torch.tensor([0.0, output]))
+        _, log_prob = actor(torch.ones(3).double(), deterministic=True)
+    assert float(log_prob) == pytest.approx(-log_std - math.log(2 * math.pi) / 2, rel=1e-12)
 
 
 def make(script, args, seed=0):
