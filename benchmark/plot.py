@@ -268,6 +268,12 @@ def score(panel):
     return {name: {key: f(steps, part) for key, f in SCORES.items()} for name, part in parts}, int(steps[-1])
 
 
+def parts(panel):
+    """For each step at which an experiment of the panel ends: the panel of the experiments that have come to it."""
+    ends = {name: min(run.steps[-1] for run in runs) for name, runs in panel.items()}
+    return [{name: panel[name] for name in panel if ends[name] >= end} for end in sorted({*ends.values()})]
+
+
 def plain(run, panel):
     """The name of the plain experiment in a run's panel that has the flags of `run` but for the game's; else None."""
     for name, (other, *_) in panel.items():
@@ -305,29 +311,30 @@ def digits(values):
     return int(np.clip(3 - np.floor(np.log10(np.abs(values).max() + 1e-9)), 0, 3))
 
 
-def score_rows(panels, scores, rng):
-    """Rows of the table of scores of one family; at the end over tasks, if there are some that all experiments have."""
-    for environment, (values, horizon) in scores.items():
-        places = digits(np.concatenate([x for both in values.values() for x in both.values()]))
-        for name, both in values.items():
-            n = len(panels[environment][name])
-            cells = [cell(iqm_interval([x], rng), n, places) for x in both.values()]
-            yield environment, name, mark([n]), f"{horizon:,}", *cells
-    names = list(dict.fromkeys(name for panel in panels.values() for name in panel))
-    common = [environment for environment, panel in panels.items() if panel.keys() == set(names)]
-    for name in names if len(common) > 1 and len(names) > 1 else []:
-        cells, seeds = [], [len(panels[environment][name]) for environment in common]
+def score_rows(panels, rng):
+    """Rows of the table of scores of one family; at the end over tasks, of the experiments that all of them have."""
+    for environment, panel in panels.items():
+        for part in parts(panel):
+            values, horizon = score(part)
+            places = digits(np.concatenate([x for both in values.values() for x in both.values()]))
+            for name, both in values.items():
+                n = len(part[name])
+                cells = [cell(iqm_interval([x], rng), n, places) for x in both.values()]
+                yield environment, name, mark([n]), f"{horizon:,}", *cells
+    names = [name for name in next(iter(panels.values())) if all(name in panel for panel in panels.values())]
+    if len(panels) == 1 or len(names) < 2:
+        return
+    values, horizons = zip(*(score({name: panel[name] for name in names}) for panel in panels.values()))
+    for name in names:
+        cells, seeds = [], [len(panel[name]) for panel in panels.values()]
         for key in SCORES:
-            tasks = []
-            for environment in common:
-                values = {other: both[key] for other, both in scores[environment][0].items()}
-                everything = np.concatenate(list(values.values()))
-                tasks.append((values[name] - everything.min()) / max(np.ptp(everything), 1e-9))
+            everything = [np.concatenate([both[key] for both in value.values()]) for value in values]
+            tasks = [(v[name][key] - all.min()) / max(np.ptp(all), 1e-9) for v, all in zip(values, everything)]
             cells.append(cell(iqm_interval(tasks, rng), min(seeds), 3))
-        yield f"{len(common)} tasks, 0 to 1", name, mark(seeds), "", *cells
+        yield f"{len(panels)} tasks, 0 to 1", name, mark(seeds), span(horizons), *cells
 
 
-def improvement_rows(panels, scores, rng):
+def improvement_rows(panels, rng):
     """Rows of the table of improvements of one family: each Stackelberg version over its plain one."""
     pairs = defaultdict(list)
     for environment, panel in panels.items():
@@ -337,12 +344,14 @@ def improvement_rows(panels, scores, rng):
     for (name, other), environments in pairs.items():
         for tasks in [*([e] for e in environments), *([environments] if len(environments) > 1 else [])]:
             seeds = [len(panels[environment][x]) for environment in tasks for x in (name, other)]
+            both = [{x: panels[environment][x] for x in (name, other)} for environment in tasks]
+            values, horizons = zip(*map(score, both))
             cells = []
             for key in SCORES:
-                values = [scores[environment][0] for environment in tasks]
                 estimate = improvement_interval([(value[name][key], value[other][key]) for value in values], rng)
                 cells.append(cell(estimate, min(seeds), 2))
-            yield tasks[0] if len(tasks) == 1 else f"{len(tasks)} tasks", name, other, mark(seeds), *cells
+            title = tasks[0] if len(tasks) == 1 else f"{len(tasks)} tasks"
+            yield title, name, other, mark(seeds), span(horizons), *cells
 
 
 def term_rows(panels):
@@ -360,30 +369,31 @@ def report(groups):
     """The text of table.md."""
     rng, rows, improvements, terms = np.random.default_rng(0), [], [], []
     for panels in groups.values():
-        scores = {environment: score(panel) for environment, panel in panels.items()}
-        rows += score_rows(panels, scores, rng)
-        improvements += improvement_rows(panels, scores, rng)
+        rows += score_rows(panels, rng)
+        improvements += improvement_rows(panels, rng)
         terms += term_rows(panels)
     text = f"""Interquartile mean over seeds (without the best and the worst quarter, rounded down) and its {LEVEL} %
-bootstrap interval. Steps: the last that all runs of the task and family have come to; no later point counts. Final
-score: mean of a run's returns in the last tenth of these steps. Area under the curve: mean return over these steps
-(trapezoid rule). † fewer than {FEW} seeds: the interval is too narrow, do not rely on it.
+bootstrap interval. Steps: a task has a row for each step at which one of its experiments ends, and each experiment that
+has come to it; no later point counts. Final score: mean of a run's returns in the last tenth of these steps. Area under
+the curve: mean return over these steps (trapezoid rule). † fewer than {FEW} seeds: the interval is too narrow, do not
+rely on it.
 
 """
     text += table(["task", "run", "seeds", "steps", *SCORES], rows)
     if any("tasks" in row[0] for row in rows):
         text += """
-Over tasks: those in which all runs of the family were made, each score scaled to 0 (the worst run of the task) to 1
-(the best); the interval draws seeds within each task.
+Over tasks: the experiments made in each of them, to the last step that they have in common there; each score scaled to
+0 (the worst run of the task) to 1 (the best); the interval draws seeds within each task.
 """
     if improvements:
         text += f"""
 Probability of improvement: how often a seed of the Stackelberg version beats a seed of the plain one with the same
-other flags, ties count half; {LEVEL} % bootstrap interval, seeds drawn within each task. 0.5: no difference. Where
-every seed of one beats every seed of the other, the interval has no width, however few the seeds.
+other flags, to the last step that both have come to; ties count half; {LEVEL} % bootstrap interval, seeds drawn within
+each task. 0.5: no difference. Where every seed of one beats every seed of the other, the interval has no width, however
+few the seeds.
 
 """
-        text += table(["task", "version", "over", "seeds", *SCORES], improvements)
+        text += table(["task", "version", "over", "seeds", "steps", *SCORES], improvements)
     if terms:
         text += """
 Both terms of the total derivative at the end: medians over the last tenth of a run, from the lowest to the highest

@@ -485,6 +485,35 @@ def test_runs_are_compared_at_the_steps_common_to_all():
     assert list(scores["a"]["final score"]) == [3, 5] and list(scores["b"]["area under the curve"]) == [6.75]
 
 
+def test_a_shorter_experiment_does_not_cut_the_others():
+    runs = {"ac": (40, {}), "stac": (40, {"leader": "actor"}), "stac-short": (20, {"leader": "actor"})}
+    panel = {
+        name: [fake(name, seed, range(10, last + 1, 10), [seed, *[seed + 9] * (last // 10 - 1)], **flags)]
+        for seed, (name, (last, flags)) in enumerate(runs.items())
+    }
+    assert [list(part) for part in plot.parts(panel)] == [["ac", "stac", "stac-short"], ["ac", "stac"]]
+    table = rows(plot.report({"AC, STAC": {"E-v0": panel}}))
+    scores = [row[1:2] + row[3:] for row in table if row[0] == "E-v0" and row[2] != "ac"]
+    expected = [("ac", 20, 9, 4.5), ("stac", 20, 10, 5.5), ("stac-short", 20, 11, 6.5)]
+    expected += [("ac", 40, 9, 7.5), ("stac", 40, 10, 8.5)]
+    assert [[row[0], *map(float, row[1:])] for row in scores] == [list(row) for row in expected]
+    improvements = [row[1:5] for row in table if row[2] == "ac"]
+    assert improvements == [["stac", "ac", "1 †", "40"], ["stac-short", "ac", "1 †", "20"]]
+
+
+def test_over_tasks_are_the_experiments_that_each_has():
+    names = {"A-v0": ["ac", "stac", "stac-x"], "B-v0": ["ac", "stac"]}
+    flags = {"ac": {}, "stac": {"leader": "actor"}, "stac-x": {"leader": "actor"}}
+    panels = {
+        task: {name: [fake(name, 1, [10, 20], [len(name)] * 2, task, **flags[name])] for name in mine}
+        for task, mine in names.items()
+    }
+    table = rows(plot.report({"AC, STAC": panels}))
+    # stac-x is the best run of A-v0, and does not count where the tasks are taken together
+    both = [row for row in table if row[0] == "2 tasks, 0 to 1"]
+    assert [row[1] for row in both] == ["ac", "stac"] and [float(row[4]) for row in both] == [0, 1]
+
+
 def test_the_plain_version_has_the_same_other_flags():
     names = {"ac": {}, "ac-2x": {"policy_lr": "0.2"}, "stac": {"leader": "actor", "lam": "500"}}
     names["stac-2x"] = {"leader": "actor", "policy_lr": "0.2"}
@@ -533,9 +562,9 @@ def test_report():
     assert scores["2 tasks, 0 to 1", "ac"][2].startswith(f"{np.mean(pool[2:-2]):.3f} (")
     assert scores["2 tasks, 0 to 1", "ac"][0] == "3 to 5 †"
     improvements = {row[0]: row[1:] for row in table if row[2] == "ac"}
-    assert improvements["A-v0"][2] == "5" and improvements["A-v0"][3].startswith("0.60 (")  # 15 of 25 pairs
-    assert improvements["B-v0"][2] == "3 †" and improvements["B-v0"][3].startswith("0.67 (")  # 6 of 9
-    assert improvements["2 tasks"][2] == "3 to 5 †" and improvements["2 tasks"][3].startswith("0.63 (")
+    assert improvements["A-v0"][2:4] == ["5", "20"] and improvements["A-v0"][4].startswith("0.60 (")  # 15 of 25 pairs
+    assert improvements["B-v0"][2] == "3 †" and improvements["B-v0"][4].startswith("0.67 (")  # 6 of 9
+    assert improvements["2 tasks"][2] == "3 to 5 †" and improvements["2 tasks"][4].startswith("0.63 (")
 
 
 def test_one_seed_has_no_interval():
@@ -591,7 +620,7 @@ def test_command_line(here, capsys, monkeypatch):
     assert found["CartPole-v1", "ac-m1"][2].startswith("6.000 (")  # (3 + 9) / 2
     assert found["CartPole-v1", "stac-al-m1"] == ["2 †", "2 to 4", "−0.5 to −0.5"]  # the last table
     improvement = next(row for row in rows(out) if row[1:3] == ["stac-al-m1", "ac-m1"])
-    assert improvement[4].startswith("0.50 (")
+    assert improvement[5].startswith("0.50 (")
     monkeypatch.setattr(sys, "argv", ["plot.py", "runs", "--out", "a/b"])
     plot.main()
     assert "3 runs" in capsys.readouterr().err
