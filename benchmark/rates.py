@@ -238,7 +238,8 @@ def draw(panels, path):
         low, high = middle.get_ylim()
         middle.set_ylim(low, high + 0.14 * len(panel) * (high - low))  # room for the legend
         middle.legend(fontsize=7, frameon=False, loc="upper left")
-        bottom.set(xlabel="environment steps", ylabel="|implicit| / |direct|", yscale="log")
+        bottom.set(xlabel="environment steps", ylabel="|implicit| / |direct|")
+        bottom.set_yscale("log", nonpositive="mask")  # a solve that ends at once has no implicit term
         bottom.set_ylim(bottom=max(bottom.get_ylim()[0], 1e-3))
         for ax in (*top, middle, bottom):
             ax.spines[["top", "right"]].set_visible(False)
