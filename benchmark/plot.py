@@ -501,6 +501,9 @@ def draw_terms(groups, path):
     for (top, bottom), (environment, _) in zip(axes.T, titles):
         top.set_title(environment, fontsize=11)
         top.set(yscale="log", ylabel="|implicit| / |direct|")
+        low, high = top.get_ylim()
+        top.yaxis.set_major_formatter("{x:g}")
+        top.yaxis.set_minor_formatter("{x:g}" if high < 10 * low else matplotlib.ticker.NullFormatter())
         top.legend(fontsize=8, frameon=False)
         bottom.set(ylabel="cosine of the two terms")
     figure.savefig(path, dpi=130)
