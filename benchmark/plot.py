@@ -497,8 +497,9 @@ def draw_terms(groups, path):
             steps, values = align(runs, lambda run: run.terms[:, i])  # noqa: B023
             ax.plot(steps, np.median(values, axis=0), color=colours[name], lw=1.3, label=name)
             ax.fill_between(steps, values.min(0), values.max(0), color=colours[name], alpha=0.18, lw=0)
-            style(ax)
     for (top, bottom), (environment, _) in zip(axes.T, titles):
+        style(top)  # critical: after the last curve, it ends autoscaling
+        style(bottom)
         top.set_title(environment, fontsize=11)
         top.set(yscale="log", ylabel="|implicit| / |direct|")
         low, high = top.get_ylim()
