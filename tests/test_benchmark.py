@@ -594,6 +594,16 @@ def test_panels_with_few_seeds_are_marked(ac, stac, expected):
     plt.close(figure)
 
 
+def test_terms_are_drawn_to_the_end_of_the_longest(here, monkeypatch):
+    runs = [fake(name, 1, steps, [0] * len(steps), leader="actor") for name, steps in (("a", [1, 2]), ("b", [1, 2, 9]))]
+    runs = [run._replace(terms=np.full((len(run.steps), 2), 0.5)) for run in runs]
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+    plot.draw_terms(plot.group(runs), "terms.png")
+    assert all(axes.get_xlim()[0] == 0 and axes.get_xlim()[1] >= 9 for axes in plt.gcf().axes)
+    monkeypatch.undo()
+    plt.close("all")
+
+
 def test_command_line(here, capsys, monkeypatch):
     for seed in (1, 2):
         write_run("ddpg", seed, [1, 2])
