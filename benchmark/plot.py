@@ -268,7 +268,7 @@ def score(panel):
     return {name: {key: f(steps, part) for key, f in SCORES.items()} for name, part in parts}, int(steps[-1])
 
 
-def parts(panel):
+def by_length(panel):
     """For each step at which an experiment of the panel ends: the panel of the experiments that have come to it."""
     ends = {name: min(run.steps[-1] for run in runs) for name, runs in panel.items()}
     return [{name: panel[name] for name in panel if ends[name] >= end} for end in sorted({*ends.values()})]
@@ -314,7 +314,7 @@ def digits(values):
 def score_rows(panels, rng):
     """Rows of the table of scores of one family; at the end over tasks, of the experiments that all of them have."""
     for environment, panel in panels.items():
-        for part in parts(panel):
+        for part in by_length(panel):
             values, horizon = score(part)
             places = digits(np.concatenate([x for both in values.values() for x in both.values()]))
             for name, both in values.items():
@@ -328,8 +328,8 @@ def score_rows(panels, rng):
     for name in names:
         cells, seeds = [], [len(panel[name]) for panel in panels.values()]
         for key in SCORES:
-            everything = [np.concatenate([both[key] for both in value.values()]) for value in values]
-            tasks = [(v[name][key] - all.min()) / max(np.ptp(all), 1e-9) for v, all in zip(values, everything)]
+            pools = [np.concatenate([both[key] for both in value.values()]) for value in values]
+            tasks = [(v[name][key] - pool.min()) / max(np.ptp(pool), 1e-9) for v, pool in zip(values, pools)]
             cells.append(cell(iqm_interval(tasks, rng), min(seeds), 3))
         yield f"{len(panels)} tasks, 0 to 1", name, mark(seeds), span(horizons), *cells
 
@@ -498,7 +498,7 @@ def draw_terms(groups, path):
             ax.plot(steps, np.median(values, axis=0), color=colours[name], lw=1.3, label=name)
             ax.fill_between(steps, values.min(0), values.max(0), color=colours[name], alpha=0.18, lw=0)
     for (top, bottom), (environment, _) in zip(axes.T, titles):
-        style(top)  # critical: after the last curve, it ends autoscaling
+        style(top)  # critical: only now, because its set_xlim ends autoscaling
         style(bottom)
         top.set_title(environment, fontsize=11)
         top.set(yscale="log", ylabel="|implicit| / |direct|")

@@ -491,7 +491,7 @@ def test_a_shorter_experiment_does_not_cut_the_others():
         name: [fake(name, seed, range(10, last + 1, 10), [seed, *[seed + 9] * (last // 10 - 1)], **flags)]
         for seed, (name, (last, flags)) in enumerate(runs.items())
     }
-    assert [list(part) for part in plot.parts(panel)] == [["ac", "stac", "stac-short"], ["ac", "stac"]]
+    assert [list(part) for part in plot.by_length(panel)] == [["ac", "stac", "stac-short"], ["ac", "stac"]]
     table = rows(plot.report({"AC, STAC": {"E-v0": panel}}))
     scores = [row[1:2] + row[3:] for row in table if row[0] == "E-v0" and row[2] != "ac"]
     expected = [("ac", 20, 9, 4.5), ("stac", 20, 10, 5.5), ("stac-short", 20, 11, 6.5)]
