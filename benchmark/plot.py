@@ -205,6 +205,11 @@ def align(runs, of=lambda run: run.returns):
 
 # Statistics, in numpy: rliable, which has these definitions, brings half a gigabyte of packages and does not work with
 # pandas 3, and it wants as many seeds in each task.
+def generator():
+    """A new one for each estimate, so that none depends on which others are made."""
+    return np.random.default_rng(0)
+
+
 def resample(values, rng):
     """values [n] -> [RESAMPLES, n], each row drawn from them with replacement."""
     return values[rng.integers(len(values), size=(RESAMPLES, len(values)))]
@@ -311,7 +316,7 @@ def digits(values):
     return int(np.clip(3 - np.floor(np.log10(np.abs(values).max() + 1e-9)), 0, 3))
 
 
-def score_rows(panels, rng):
+def score_rows(panels):
     """Rows of the table of scores of one family; at the end over tasks, of the experiments that all of them have."""
     for environment, panel in panels.items():
         for part in by_length(panel):
@@ -319,7 +324,7 @@ def score_rows(panels, rng):
             places = digits(np.concatenate([x for both in values.values() for x in both.values()]))
             for name, both in values.items():
                 n = len(part[name])
-                cells = [cell(iqm_interval([x], rng), n, places) for x in both.values()]
+                cells = [cell(iqm_interval([x], generator()), n, places) for x in both.values()]
                 yield environment, name, mark([n]), f"{horizon:,}", *cells
     names = [name for name in next(iter(panels.values())) if all(name in panel for panel in panels.values())]
     if len(panels) == 1 or len(names) < 2:
@@ -330,11 +335,11 @@ def score_rows(panels, rng):
         for key in SCORES:
             pools = [np.concatenate([both[key] for both in value.values()]) for value in values]
             tasks = [(v[name][key] - pool.min()) / max(np.ptp(pool), 1e-9) for v, pool in zip(values, pools)]
-            cells.append(cell(iqm_interval(tasks, rng), min(seeds), 3))
+            cells.append(cell(iqm_interval(tasks, generator()), min(seeds), 3))
         yield f"{len(panels)} tasks, 0 to 1", name, mark(seeds), span(horizons), *cells
 
 
-def improvement_rows(panels, rng):
+def improvement_rows(panels):
     """Rows of the table of improvements of one family: each Stackelberg version over its plain one."""
     pairs = defaultdict(list)
     for environment, panel in panels.items():
@@ -348,8 +353,8 @@ def improvement_rows(panels, rng):
             values, horizons = zip(*map(score, both))
             cells = []
             for key in SCORES:
-                estimate = improvement_interval([(value[name][key], value[other][key]) for value in values], rng)
-                cells.append(cell(estimate, min(seeds), 2))
+                scores = [(value[name][key], value[other][key]) for value in values]
+                cells.append(cell(improvement_interval(scores, generator()), min(seeds), 2))
             title = tasks[0] if len(tasks) == 1 else f"{len(tasks)} tasks"
             yield title, name, other, mark(seeds), span(horizons), *cells
 
@@ -367,10 +372,10 @@ def term_rows(panels):
 
 def report(groups):
     """The text of table.md."""
-    rng, rows, improvements, terms = np.random.default_rng(0), [], [], []
+    rows, improvements, terms = [], [], []
     for panels in groups.values():
-        rows += score_rows(panels, rng)
-        improvements += improvement_rows(panels, rng)
+        rows += score_rows(panels)
+        improvements += improvement_rows(panels)
         terms += term_rows(panels)
     text = f"""Interquartile mean over seeds (without the best and the worst quarter, rounded down) and its {LEVEL} %
 bootstrap interval. Steps: a task has a row for each step at which one of its experiments ends, and each experiment that
