@@ -340,12 +340,15 @@ def score_rows(panels):
 
 
 def improvement_rows(panels):
-    """Rows of the table of improvements of one family: each Stackelberg version over its plain one."""
+    """Rows of the table of improvements of one family: Stackelberg versions over their plain one and their base."""
     pairs = defaultdict(list)
     for environment, panel in panels.items():
         for name, (run, *_) in panel.items():
-            if run.flags["leader"] != "none" and (other := plain(run, panel)):
-                pairs[name, other].append(environment)
+            if run.flags["leader"] != "none":
+                base = max((other for other in panel if name.startswith(f"{other}-")), key=len, default=None)
+                for other in dict.fromkeys((plain(run, panel), base)):  # once, if both are the same
+                    if other:
+                        pairs[name, other].append(environment)
     for (name, other), environments in pairs.items():
         for tasks in [*([e] for e in environments), *([environments] if len(environments) > 1 else [])]:
             seeds = [len(panels[environment][x]) for environment in tasks for x in (name, other)]
@@ -393,9 +396,9 @@ Over tasks: the experiments made in each of them, to the last step that they hav
     if improvements:
         text += f"""
 Probability of improvement: how often a seed of the Stackelberg version beats a seed of the plain one with the same
-other flags, to the last step that both have come to; ties count half; {LEVEL} % bootstrap interval, seeds drawn within
-each task. 0.5: no difference. Where every seed of one beats every seed of the other, the interval has no width, however
-few the seeds.
+other flags, or of the version whose name its own extends, to the last step that both have come to; ties count half;
+{LEVEL} % bootstrap interval, seeds drawn within each task. 0.5: no difference. Where every seed of one beats every seed
+of the other, the interval has no width, however few the seeds.
 
 """
         text += table(["task", "version", "over", "seeds", "steps", *SCORES], improvements)

@@ -567,6 +567,17 @@ def test_report():
     assert improvements["2 tasks"][2] == "3 to 5 †" and improvements["2 tasks"][4].startswith("0.63 (")
 
 
+def test_a_version_is_compared_with_the_one_whose_name_it_extends():
+    """With other flags or another script it is beside the plain one that one which it was made from."""
+    names, runs = ["ac", "ac-2x", "stac", "stac-gn", "stac-gn-mean", "ac-al", "stac2"], []
+    for i, name in enumerate(names):
+        leader = "none" if name in ("ac", "ac-2x") else "actor"
+        runs += [fake(name, seed, [10, 20], [10 * seed + i] * 2, leader=leader) for seed in range(2)]
+    pairs = [row[1:3] for row in rows(plot.report(plot.group(runs))) if row[2] in names]
+    over_plain = [[name, "ac"] for name in names if name not in ("ac", "ac-2x")]
+    assert sorted(pairs) == sorted([*over_plain, ["stac-gn", "stac"], ["stac-gn-mean", "stac-gn"]])
+
+
 def test_an_interval_does_not_depend_on_other_tasks():
     """A bootstrap is drawn, and a new run must not change what was published of the others."""
     before, after = ([row for row in rows(report_of(first, 20)) if row[0] == "B-v0"] for first in (5, 6))
