@@ -569,7 +569,7 @@ def test_report():
 
 
 def test_a_version_is_compared_with_the_one_whose_name_it_extends():
-    """With other flags or another script it is beside the plain one that one which it was made from."""
+    """`stac-gn-mean` is an experiment on `stac-gn`: this is what it has to be held against, beside the plain one."""
     names, runs = ["ac", "ac-2x", "stac", "stac-gn", "stac-gn-mean", "ac-al", "stac2"], []
     for i, name in enumerate(names):
         leader = "none" if name in ("ac", "ac-2x") else "actor"
