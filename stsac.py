@@ -5,22 +5,29 @@
 """Stackelberg soft actor-critic (STSAC-AL, STSAC-CL) and plain SAC in one file.
 
 Zheng, Fiez, Alumbaugh, Chasnov, Ratliff: Stackelberg Actor-Critic: Game-Theoretic Reinforcement Learning Algorithms,
-2021. Numbers in parentheses are its equations. The actor (θ) minimises -J(θ, w), the critic (w) L(θ, w), and the leader
-follows the total derivative of its cost through the other's best response. Everything else is SAC.
+2021. Numbers in parentheses are its equations. Actor and critic are two players. The actor (θ) minimises -J(θ, w), the
+critic (w) minimises L(θ, w), and the leader follows the total derivative of its cost through the other's best response.
+Everything else is SAC.
 
-    python stsac.py --env-id Walker2d-v4 --leader actor --lam 500     # STSAC-AL; critic: STSAC-CL, none: SAC
-    python stsac.py --resume runs/Walker2d-v4__stsac-al__1__1700000000
-    python stsac.py --evaluate runs/Walker2d-v4__stsac-al__1__1700000000/model.pt
+    python stsac.py --env-id Walker2d-v4 --leader actor --lam 500    # STSAC-AL; critic: STSAC-CL, none: SAC
+    python stsac.py --env-id Walker2d-v4 --run-dir runs/walker       # begins there; the same command carries it on
+    python stsac.py --evaluate runs/walker/model.pt                  # plays a model that --save-model has saved
 """
 
+import fcntl
+import functools
 import math
 import os
+import random
 import re
 import sys
 import time
 import warnings
+import zipfile
 from collections import namedtuple
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -30,136 +37,151 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from torch.overrides import TorchFunctionMode
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+# v4 ids are the paper's tasks; their deprecation is known, and the one warning that is silenced
+warnings.filterwarnings("ignore", r".*The environment \S+ is out of date", DeprecationWarning)
 
 
 @dataclass
 class Args:
-    exp_name: str = ""
-    """the name of this experiment (default: the algorithm's, which is sac, stsac-al or stsac-cl)"""
-    seed: int = 1
-    """seed of the experiment"""
-    torch_deterministic: bool = True
-    """the value of `torch.backends.cudnn.deterministic`"""
-    cuda: bool = True
-    """if toggled, cuda will be enabled where there is one"""
-    compile: bool = False
-    """torch.compile the gradients (up to a minute, a C++ compiler; no solve stops early, so give it --cg-iters 3)"""
-    track: bool = False
-    """if toggled, this experiment will be tracked with Weights and Biases"""
-    wandb_project_name: str = "stackelberg-actor-critic"
-    """the wandb's project name"""
-    wandb_entity: str | None = None
-    """the entity (team) of wandb's project"""
-    capture_video: bool = False
-    """whether to record the first episode of each evaluation (see `videos` in the run's folder)"""
-    save_model: bool = False
-    """whether to save the model (`model.pt` in the run's folder) at the end"""
-    eval_every: int = 10_000
-    """environment steps between two evaluations"""
-    eval_episodes: int = 10
-    """episodes of an evaluation, played by the mean policy in a separate environment"""
-    checkpoint_every: int = 10_000
-    """environment steps between two checkpoints; each waits for the end of the episode"""
-    resume: str | None = None
-    """the folder of a run to carry on; its flags need not be repeated"""
-    evaluate: str | None = None
-    """a model to play for `--eval-episodes` episodes instead of training"""
+    exp_name: str = ""  # name of the experiment (default: the algorithm's, which is sac, stsac-al or stsac-cl)
+    seed: int = 1  # seed of the experiment
+    cuda: bool = True  # run on a GPU if there is one
+    compile: bool = False  # torch.compile the gradients: a minute at the start; solves take all --cg-iters, so give 2
+    track: bool = False  # send the curves to Weights & Biases (WANDB_PROJECT and WANDB_ENTITY say where)
+    capture_video: bool = False  # record the first episode of each evaluation (`videos` in the run's folder)
+    save_model: bool = False  # save the model (`model.pt` in the run's folder) at the end
+    run_dir: str | None = None  # folder of the run: begins it or carries it on (default: a new folder in runs)
+    evaluate: str | None = None  # a model.pt to play for --eval-episodes episodes, instead of training
+    eval_every: int = 10_000  # environment steps between two evaluations
+    eval_episodes: int = 10  # episodes of an evaluation, played by the mean policy in an environment of its own
+    checkpoint_every: int = 10_000  # environment steps between two checkpoints; each waits for the end of an episode
 
     # Algorithm specific arguments
-    env_id: str = "Walker2d-v4"
-    """the environment id of the task"""
-    total_timesteps: int = 1_000_000
-    """total timesteps of the experiment"""
-    buffer_size: int = 1_000_000
-    """the replay memory buffer size"""
-    gamma: float = 0.99
-    """the discount factor gamma"""
-    tau: float = 0.005
-    """target smoothing coefficient (the paper's Polyak average is 1 - tau)"""
-    batch_size: int = 100
-    """the batch size of sample from the replay memory"""
-    start_steps: int = 10_000
-    """timesteps of uniformly random actions at the start (CleanRL: `--learning-starts`)"""
-    learning_starts: int = 1_000
-    """timestep of the first update (in CleanRL also the end of the random actions, here `--start-steps`)"""
-    policy_lr: float = 1e-3
-    """the learning rate of the actor's Adam"""
-    q_lr: float = 1e-3
-    """the learning rate of the critic's Adam"""
-    alpha: float = 0.2
-    """entropy regularization coefficient (the paper's η)"""
-    autotune: bool = False
-    """automatic tuning of the entropy coefficient (the paper keeps it fixed)"""
-    hidden: tuple[int, ...] = (256, 256)
-    """hidden layers of the actor and of each Q network"""
+    env_id: str = "Walker2d-v4"  # the environment id of the task
+    max_episode_steps: int | None = None  # time limit of an episode (default: the task's own)
+    total_timesteps: int = 1_000_000  # total timesteps of the experiment
+    buffer_size: int = 1_000_000  # the replay memory buffer size
+    gamma: float = 0.99  # the discount factor gamma
+    tau: float = 0.005  # target smoothing coefficient (the paper's Polyak average is 1 - tau)
+    batch_size: int = 100  # the batch size of sample from the replay memory
+    start_steps: int = 10_000  # steps of uniformly random actions at the start
+    update_after: int = 1_000  # the step of the first update (CleanRL's --learning-starts is this and the last)
+    policy_lr: float = 1e-3  # the learning rate of the actor's Adam
+    q_lr: float = 1e-3  # the learning rate of the critic's Adam
+    alpha: float = 0.2  # entropy regularization coefficient (the paper's η)
+    autotune: bool = False  # automatic tuning of the entropy coefficient (the paper keeps it fixed)
+    hidden: tuple[int, ...] = (256, 256)  # hidden layers of the actor and of each Q network
 
     # The Stackelberg game
-    leader: Literal["actor", "critic", "none"] = "actor"
-    """the player that follows its total derivative; none: plain SAC, the limit λ → ∞ of both"""
-    lam: float = 500.0
-    """λ of the regularized follower Hessian ∇₂²f2 + λI (Section 4.5)"""
-    lam_decay: float | None = None
-    """time constant in environment steps: λ exp(-t / lam_decay); the paper's released code has 1e5 (default: off)"""
-    unroll: int = 1
-    """m of Algorithm 2: follower steps for one of the leader's (leader none: critic steps)"""
-    curvature: Literal["hessian", "gauss-newton"] = "hessian"
-    """the follower's curvature with the actor as leader: the paper's ∇_w²L, or its Gauss-Newton part in closed form"""
-    precondition: bool = True
-    """precondition conjugate gradient by the Gauss-Newton solve (actor as leader, full Hessian; the paper does not)"""
-    cg_iters: int = 10
-    """most conjugate gradient iterations, each one Hessian-vector product"""
-    cg_tol: float = 1e-3
-    """relative residual at which conjugate gradient stops"""
+    leader: Literal["actor", "critic", "none"] = (
+        "actor"  # follows its total derivative; none: plain SAC, both for λ → ∞
+    )
+    lam: float = 500.0  # λ of the regularized Hessian of the follower, ∇₂²f2 + λI (Section 4.5)
+    lam_decay: float | None = None  # λ exp(-t / lam_decay) at step t; the released code has 1e5 (default: λ stays)
+    unroll: int = 1  # m of Algorithm 2: follower steps for one of the leader's (leader none: critic steps)
+    curvature: Literal["hessian", "gauss-newton"] = "hessian"  # actor leads: ∇_w²L, or its Gauss-Newton part (fast)
+    precondition: bool = True  # actor leads, hessian: precondition the solve by Gauss-Newton (the paper does not)
+    cg_iters: int = 10  # most conjugate gradient iterations, each one Hessian-vector product
+    cg_tol: float = 0.01  # relative residual at which conjugate gradient stops
 
 
-def stop(message, code=2):
-    """Ends the program with one line on stderr: code 2 for bad input, 1 for a run that went wrong."""
-    print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
-    raise SystemExit(code)
+def stop(message):
+    """Ends the program with one line."""
+    raise SystemExit(f"{Path(__file__).name}: error: {message}")
 
 
 def check_args(args):
-    """Refuses values that no run can have."""
-    positive = "hidden unroll cg_iters batch_size lam_decay total_timesteps eval_every eval_episodes checkpoint_every"
-    for name, value in vars(args).items():
-        least, most = int(name in positive.split()), 1 if name in ("gamma", "tau", "cg_tol") else math.inf
-        if isinstance(value, (int, float, tuple)) and not all(least <= x <= most for x in np.atleast_1d(value)):
-            stop(f"--{name.replace('_', '-')} {value} is not in [{least}, {most}]")
-    if args.batch_size > args.buffer_size:
-        stop("--batch-size must not be larger than --buffer-size")
-    if args.curvature == "gauss-newton" and (args.leader == "critic" or args.lam == 0):
-        stop("--curvature gauss-newton needs a positive --lam, and a critic that follows: -J is no sum of squares")
+    """Refuses values that no run can have, in one line that names the flag."""
+    conditions = [
+        ("--seed must be at least 0 and below 2147483648", 0 <= args.seed < 2**31),
+        ("--eval-every must be positive", args.eval_every > 0),
+        ("--eval-episodes must be positive", args.eval_episodes > 0),
+        ("--checkpoint-every must be positive", args.checkpoint_every > 0),
+        ("--max-episode-steps must be positive", args.max_episode_steps is None or args.max_episode_steps > 0),
+        ("--total-timesteps must be positive", args.total_timesteps > 0),
+        ("--buffer-size must not be smaller than --batch-size", args.buffer_size >= args.batch_size),
+        ("--gamma must be between 0 and 1", 0 <= args.gamma <= 1),
+        ("--tau must be between 0 and 1", 0 <= args.tau <= 1),
+        ("--batch-size must be positive", args.batch_size > 0),
+        ("--start-steps must not be negative", args.start_steps >= 0),
+        ("--update-after must not be negative", args.update_after >= 0),
+        ("--policy-lr must be between 0 and 1e6", 0 <= args.policy_lr <= 1e6),
+        ("--q-lr must be between 0 and 1e6", 0 <= args.q_lr <= 1e6),
+        ("--alpha must be between 0 and 1e6", 0 <= args.alpha <= 1e6),
+        ("--hidden must be positive numbers", all(width > 0 for width in args.hidden)),
+        ("--lam must be between 0 and 1e12", 0 <= args.lam <= 1e12),
+        ("--lam-decay must be between 1e-6 and 1e12", args.lam_decay is None or 1e-6 <= args.lam_decay <= 1e12),
+        ("--unroll must be positive", args.unroll > 0),
+        ("--cg-iters must be positive", args.cg_iters > 0),
+        ("--cg-tol must be between 0 and 1", 0 <= args.cg_tol <= 1),
+        (
+            "--curvature gauss-newton needs a critic that follows (-J is no sum of squares)",
+            args.curvature == "hessian" or args.leader != "critic",
+        ),
+        ("--curvature gauss-newton needs a positive --lam", args.curvature == "hessian" or args.lam > 0),
+    ]
+    for message, holds in conditions:
+        if not holds:
+            stop(message)
 
 
 # Environment
-def make_env(env_id, video_folder=None, video_every=1):
-    """One environment with flat observations, actions in a bounded Box, and the statistics of its episodes."""
-    # v4 ids are the paper's tasks; their deprecation is known and is the one warning that is silenced
-    warnings.filterwarnings("ignore", r".*The environment \S+ is out of date", DeprecationWarning)
+TRAIN, EVAL, PLAY = 0, 1, 2  # streams of episodes, each with seeds of its own
+
+
+def make_env(env_id, max_episode_steps=None, video_folder=None, video_every=1):
+    """One environment with flat observations, actions in a bounded Box, and a time limit."""
+    limit = {} if max_episode_steps is None else {"max_episode_steps": max_episode_steps}
     render = {"render_mode": "rgb_array"} if video_folder else {}  # not all environments know a render_mode
-    env = gym.wrappers.FlattenObservation(gym.make(env_id, **render))
-    obs, act = env.observation_space, env.action_space
-    bounded = isinstance(act, gym.spaces.Box) and len(act.shape) == 1 and act.is_bounded()
-    if not isinstance(obs, gym.spaces.Box) or not bounded:
-        stop(f"{env_id} needs observations of a fixed size and actions in a bounded 1-d Box, not {obs} and {act}")
+    env = gym.wrappers.FlattenObservation(gym.make(env_id, **limit, **render))
+    obs_space = env.observation_space
+    act_space = env.action_space
+    bounded = isinstance(act_space, gym.spaces.Box) and len(act_space.shape) == 1 and act_space.is_bounded()
+    if not isinstance(obs_space, gym.spaces.Box) or not bounded:
+        stop(f"{env_id} needs flat observations and actions in a bounded 1-d Box, not {obs_space} and {act_space}")
+    if env.spec.max_episode_steps is None:
+        stop(f"{env_id} has no time limit, so an evaluation may never end: --max-episode-steps 1000 sets one")
     if video_folder:
+        try:
+            env.reset()
+            env.render()
+        except Exception as e:  # each renderer has its own
+            stop(f"--capture-video: {env_id} cannot be rendered here ({type(e).__name__}: {e})")
         env = gym.wrappers.RecordVideo(env, str(video_folder), lambda episode: episode % video_every == 0)
-    return gym.wrappers.RecordEpisodeStatistics(env)
+    return env
 
 
 def reset(env, *key):
     """Starts an episode whose randomness depends on `key` alone: a checkpoint between two needs no simulator state."""
-    obs, _ = env.reset(seed=int(np.random.SeedSequence(key).generate_state(1)[0]))
-    return np.array(obs)  # a copy: some environments change their array in place
+    seed = int(np.random.SeedSequence(key).generate_state(1)[0] % 2**31)  # some environments want an int32
+    random.seed(seed)  # some draw from the global generators
+    np.random.seed(seed)
+    obs, _ = env.reset(seed=seed)
+    return to_float32(obs)
+
+
+def to_float32(x):
+    """A copy (some environments change their arrays in place) in float32; what is too large becomes inf."""
+    with np.errstate(over="ignore"):
+        return np.array(x, dtype=np.float32)
+
+
+def to_box(action, space):
+    """The environment's copy of an action: within the bounds to the last bit, and of the space's dtype."""
+    return action.clip(space.low, space.high).astype(space.dtype)
 
 
 # Networks
 def mlp(*sizes):
     """Linear layers of the given sizes with ReLU between them."""
-    layers = [layer for n in zip(sizes[:-1], sizes[1:]) for layer in (nn.Linear(*n), nn.ReLU())]
-    return nn.Sequential(*layers[:-1])
+    layers = []
+    for n_in, n_out in zip(sizes[:-1], sizes[1:]):
+        layers += [nn.Linear(n_in, n_out), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])  # no ReLU at the end
 
 
 class Actor(nn.Module):
@@ -168,31 +190,37 @@ class Actor(nn.Module):
     def __init__(self, observation_space, action_space, hidden=(256, 256)):
         super().__init__()
         self.net = mlp(math.prod(observation_space.shape), *hidden, 2 * math.prod(action_space.shape))
-        low, high = torch.tensor(action_space.low).float(), torch.tensor(action_space.high).float()
+        low = torch.tensor(action_space.low).float()
+        high = torch.tensor(action_space.high).float()
         self.register_buffer("action_scale", (high - low) / 2)
         self.register_buffer("action_bias", (high + low) / 2)
 
     def forward(self, obs, deterministic=False):
-        """obs [..., obs_dim] -> a_θ(s) [..., act_dim], in the environment's units, and log π_θ(a_θ(s)|s), [...]."""
+        """obs [..., obs_dim] -> actions a_θ(s) [..., act_dim] in the environment's units, and log π_θ(a_θ(s)|s) [...].
+
+        log π is of the action in [-1, 1], before the scaling: it does not depend on the environment's units.
+        """
         mean, log_std = self.net(obs).chunk(2, dim=-1)
         log_std = log_std.clamp(-20, 2)  # Spinning Up's bounds
         noise = torch.zeros_like(mean) if deterministic else torch.randn_like(mean)
         u = mean + log_std.exp() * noise
-        log_prob = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)
-        log_prob = log_prob - 2 * (math.log(2) - u - F.softplus(-2 * u)) - self.action_scale.log()  # log(1 - tanh²u)
-        return torch.tanh(u) * self.action_scale + self.action_bias, log_prob.sum(-1)
+        log_normal = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)
+        log_slope = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - tanh²u), without overflow
+        actions = torch.tanh(u) * self.action_scale + self.action_bias
+        return actions, (log_normal - log_slope).sum(-1)
 
 
 class Critic(nn.Module):
-    """Both Q networks, w = {w_1, w_2}: each child is one, of [s, a] (what `jacobian_factors` relies on)."""
+    """Both Q networks, w = {w_1, w_2}. Losses, targets and Gauss-Newton take as many as `forward` returns."""
 
     def __init__(self, observation_space, action_space, hidden=(256, 256)):
         super().__init__()
         n_in = math.prod(observation_space.shape) + math.prod(action_space.shape)
-        self.q1, self.q2 = mlp(n_in, *hidden, 1), mlp(n_in, *hidden, 1)
+        self.q1 = mlp(n_in, *hidden, 1)
+        self.q2 = mlp(n_in, *hidden, 1)
 
     def forward(self, obs, actions):
-        """obs [B, obs_dim], actions [B, act_dim] -> Q_w1, Q_w2, [B] each."""
+        """obs [B, obs_dim], actions [B, act_dim] -> (Q_w1, Q_w2), [B] each."""
         x = torch.cat([obs, actions], dim=-1)
         return self.q1(x).squeeze(-1), self.q2(x).squeeze(-1)  # critical: [B, 1] against [B] would broadcast
 
@@ -205,12 +233,23 @@ class ReplayBuffer:
     """The last `size` transitions, on `device`, in float32."""
 
     def __init__(self, size, observation_space, action_space, device):
-        obs, act = observation_space.shape, action_space.shape
-        # empty, not zeros: memory is only taken once it is written to
-        self.data = Batch(*(torch.empty(size, *shape, device=device) for shape in (obs, act, (), obs, ())))
-        self.size, self.count = size, 0
+        obs_shape = observation_space.shape
+        act_shape = action_space.shape
+        shapes = Batch(obs_shape, act_shape, (), obs_shape, ())
+        numbers = sum(math.prod(shape) for shape in shapes)
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if device.type == "cuda":
+            memory = torch.cuda.get_device_properties(device).total_memory
+        if 4 * numbers * size > memory:
+            stop(f"--buffer-size {size} takes {4 * numbers * size / 1e9:.1f} GB, and there are {memory / 1e9:.1f}")
+        # empty, not zeros: memory is taken only when it is written to
+        self.data = Batch(*(torch.empty(size, *shape, device=device) for shape in shapes))
+        self.size = size
+        self.count = 0
 
-    def add(self, *transition):  # a time limit is not terminal: the critic bootstraps through it
+    def add(self, obs, action, reward, next_obs, terminated):
+        """A time limit is not `terminated`: the critic bootstraps through it."""
+        transition = Batch(obs, action, reward, next_obs, terminated)
         for column, value in zip(self.data, transition):
             column[self.count % self.size] = torch.as_tensor(value)
         self.count += 1
@@ -220,8 +259,10 @@ class ReplayBuffer:
         index = torch.randint(min(self.count, self.size), (batch_size,), device=self.data.obs.device)
         return Batch(*(column.index_select(0, index) for column in self.data))
 
-    def state_dict(self):  # of copies: a slice would be saved with the whole buffer
-        return {"count": self.count, "data": [column[: self.count].cpu().clone() for column in self.data]}
+    def state_dict(self):
+        """What is filled. By way of numpy: a slice of a torch tensor would be saved with the whole buffer."""
+        filled = [torch.from_numpy(column[: self.count].cpu().numpy()) for column in self.data]
+        return {"count": self.count, "data": filled}
 
     def load_state_dict(self, state):
         self.count = state["count"]
@@ -229,71 +270,92 @@ class ReplayBuffer:
             column[: self.count] = saved
 
 
-# Losses: each is written here alone, all gradients are taken of it
+# Losses. Each is written once, of what the networks return, and autograd takes every gradient from it.
 def actor_loss(actor, critic, batch, alpha):
     """The actor's cost -J(θ, w), (9): a scalar."""
     actions, log_prob = actor(batch.obs)
-    q1, q2 = critic(batch.obs, actions)
-    return (alpha * log_prob - torch.minimum(q1, q2)).mean()
+    smallest_q = functools.reduce(torch.minimum, critic(batch.obs, actions))
+    return (alpha * log_prob - smallest_q).mean()
 
 
 def td_target(actor, target_critic, batch, gamma, alpha):
     """y(r, s'), below (10), [B]. The next action is the current policy's (footnote 4): through it L depends on θ."""
-    # critical: no `no_grad` here, or the leader's implicit term is zero and STSAC is SAC
+    # critical: no `no_grad` here, or the leader's implicit term is gone and STSAC is SAC
     actions, log_prob = actor(batch.next_obs)
-    q1, q2 = target_critic(batch.next_obs, actions)
-    return batch.rewards + gamma * (1 - batch.terminated) * (torch.minimum(q1, q2) - alpha * log_prob)
+    smallest_q = functools.reduce(torch.minimum, target_critic(batch.next_obs, actions))
+    return batch.rewards + gamma * (1 - batch.terminated) * (smallest_q - alpha * log_prob)
 
 
-def critic_loss(actor, critic, target_critic, batch, gamma, alpha):
-    """The critic's cost L(θ, w), (10): a scalar, differentiable in w and, through y, in θ."""
-    y = td_target(actor, target_critic, batch, gamma, alpha)
-    return sum(((q - y) ** 2).mean() for q in critic(batch.obs, batch.actions))
+def critic_loss(qs, y):
+    """The critic's cost L(θ, w), (10): a scalar. qs: what the critic returns, [B] each; y: the targets, [B]."""
+    return sum(((q - y) ** 2).mean() for q in qs)
 
 
 # Solver
 def conjugate_gradient(matvec, b, max_iters, tol, preconditioner=None):
-    """x ≈ A⁻¹b, [n], for a symmetric A (matvec: v -> Av) by conjugate gradient from 0, until ‖b - Ax‖ ≤ tol ‖b‖.
-    At pᵀAp ≤ 0 (A is not positive definite) or a number that is not finite it keeps the last good x, 0 at first; with a
-    preconditioner (r -> Mr, M ≈ A⁻¹) Mb, if there is none or Mb's residual is smaller. Info: tensors; the residual is
-    relative, inf after a number that was not finite."""
+    """x ≈ A⁻¹b, [n], for a symmetric matrix A, by conjugate gradient, until ‖b - Ax‖ ≤ tol ‖b‖.
+
+    matvec: v -> Av. preconditioner: r -> Mr, M ≈ A⁻¹. The solve starts from Mb and improves on it, without M from 0.
+    Where pᵀAp ≤ 0 (A is not positive definite) or a number is not finite, it keeps the x that it has.
+    info: tensors; residual ‖b - Ax‖ / ‖b‖ as the recursion has it, inf after a number that was not finite; iterations;
+    negative_curvature, whether it met pᵀAp ≤ 0.
+    """
     eps = torch.finfo(b.dtype).eps
     tol = max(tol, eps)  # the recursion for r goes on shrinking below rounding, where it means nothing
-    x, r, p, b_norm = torch.zeros_like(b), b, b, b.norm()
-    rz = max_curvature = iterations = torch.zeros_like(b_norm)
-    residual = torch.where(b_norm.isfinite(), (b_norm != 0).to(b.dtype), math.inf)
-    active = b_norm.isfinite() & (residual > tol)
-    negative_curvature = torch.zeros_like(active)
-    Mb, Mb_residual = x, torch.full_like(residual, math.inf)
-    for k in range(max_iters):
-        # On a CPU an early stop is free; on a GPU reading `active` would stall it, so the masks do the work instead.
-        if b.device.type == "cpu" and not torch.compiler.is_compiling() and not active:
+    b_norm = b.norm()
+    x = torch.zeros_like(b)
+    r = b
+    if preconditioner is not None:
+        Mb = preconditioner(b)
+        r_Mb = b - matvec(Mb)
+        usable = (Mb.norm() + r_Mb.norm()).isfinite()
+        x = torch.where(usable, Mb, x)
+        r = torch.where(usable, r_Mb, r)
+    residual = torch.where(b_norm == 0, 0.0, r.norm() / b_norm)
+    iterations = torch.zeros_like(b_norm)
+    negative_curvature = torch.zeros_like(b_norm, dtype=torch.bool)
+    broken = ~residual.isfinite()
+    max_curvature = torch.zeros_like(b_norm)
+    active = residual > tol
+    p = torch.zeros_like(b)  # so that the first direction is z
+    rz = torch.ones_like(b_norm)
+
+    for _ in range(max_iters):
+        # an early stop saves products; a compiled solve has no branches: it takes all, and `active` masks the rest
+        if not torch.compiler.is_compiling() and not active:
             break
         z = r if preconditioner is None else preconditioner(r)
-        rz, rz_old = r @ z, rz
-        p = z if k == 0 else z + rz / rz_old * p
+        rz_old = rz
+        rz = r @ z
+        p = z + rz / rz_old * p
         Ap = matvec(p)
-        if k == 0 and preconditioner is not None:
-            Mb, Mb_residual = p, (b - Ap).norm() / b_norm
         pAp = p @ Ap
-        curvature, step = pAp / (p @ p), rz / pAp
+        step = rz / pAp
+        x_new = x + step * p
+        r_new = r - step * Ap
+        residual_new = r_new.norm() / b_norm
+
+        curvature = pAp / (p @ p)
         max_curvature = torch.maximum(max_curvature, curvature)
-        flat = active & curvature.isfinite() & (curvature <= eps * max_curvature)
-        x_new, r_new = x + step * p, r - step * Ap
-        good = active & ~flat & (x_new.sum() + r_new.sum()).isfinite()  # sums: faster than to look at each number
-        negative_curvature, iterations = negative_curvature | flat, iterations + good
-        x, r = torch.where(good, x_new, x), torch.where(good, r_new, r)
-        residual = torch.where(good, r.norm() / b_norm, torch.where(active & ~flat, math.inf, residual))
+        not_convex = active & pAp.isfinite() & (curvature <= eps * max_curvature)
+        finite = (pAp + residual_new).isfinite()
+        good = active & ~not_convex & finite
+        x = torch.where(good, x_new, x)
+        r = torch.where(good, r_new, r)
+        residual = torch.where(good, residual_new, residual)
+        iterations = iterations + good
+        negative_curvature = negative_curvature | not_convex
+        broken = broken | (active & ~not_convex & ~finite)
         active = good & (residual > tol)
-    worse = (residual + Mb_residual).isfinite() & ((residual > Mb_residual) | (iterations == 0))
-    x, residual = torch.where(worse, Mb, x), torch.where(worse, Mb_residual, residual)
+
+    residual = torch.where(broken, math.inf, residual)
     return x, {"residual": residual, "iterations": iterations, "negative_curvature": negative_curvature}
 
 
 # Stackelberg gradient
-def grad(outputs, inputs, grad_outputs=None, **kwargs):
-    """`torch.autograd.grad` on a graph that is kept; an input that does not matter gets zeros."""
-    return torch.autograd.grad(outputs, inputs, grad_outputs, retain_graph=True, materialize_grads=True, **kwargs)
+def trainable(net):
+    """The parameters of a player, less those that are frozen."""
+    return [p for p in net.parameters() if p.requires_grad]
 
 
 def flatten(tensors):
@@ -301,199 +363,429 @@ def flatten(tensors):
     return torch.cat([t.reshape(-1) for t in tensors])
 
 
+def grad(outputs, inputs, grad_outputs=None, **kwargs):
+    """`torch.autograd.grad` on a graph that is kept; an input that does not matter gets zeros."""
+    return torch.autograd.grad(outputs, inputs, grad_outputs, retain_graph=True, materialize_grads=True, **kwargs)
+
+
+def mixed_derivative(grad2_f2, x1, v):
+    """(∇₂₁f2)ᵀv, a list of tensors like x1: the derivative by x1 of ⟨∇₂f2, v⟩, with v held constant."""
+    derivatives = torch.autograd.grad(grad2_f2, x1, v, retain_graph=True, allow_unused=True)
+    if all(derivative is None for derivative in derivatives):
+        stop("the leader cannot influence the follower: ∇₂f2 does not depend on x1 (td_target under no_grad?)")
+    return [torch.zeros_like(p) if d is None else d for p, d in zip(x1, derivatives)]
+
+
 def total_derivative(direct, implicit):
-    """The sum of both terms, a list of tensors, and info: their norms and the cosine between them."""
-    d, i = flatten(direct), flatten(implicit)
-    d_norm, i_norm = d.norm(), i.norm()
-    cosine = d @ i / (d_norm * i_norm).clamp(min=torch.finfo(d.dtype).tiny)
-    return [a + b for a, b in zip(direct, implicit)], dict(direct_norm=d_norm, implicit_norm=i_norm, cosine=cosine)
+    """direct - implicit, a list of tensors, and info: the norms of both terms and the cosine between them."""
+    total = [d - i for d, i in zip(direct, implicit)]
+    direct = flatten(direct)
+    implicit = -flatten(implicit)
+    direct_norm = direct.norm()
+    implicit_norm = implicit.norm()
+    cosine = direct @ implicit / (direct_norm * implicit_norm).clamp(min=torch.finfo(direct.dtype).tiny)
+    return total, {"direct_norm": direct_norm, "implicit_norm": implicit_norm, "cosine": cosine}
 
 
-def stackelberg_gradient(f1, f2, x1, x2, lam, cg_iters, cg_tol, grad2_f2=None, preconditioner=None):
+def stackelberg_gradient(f1, f2, x1, x2, lam, cg_iters, cg_tol, *, grad2_f2=None, preconditioner=None):
     """The leader's total derivative ∇₁f1 - (∇₂₁f2)ᵀ (∇₂²f2 + λI)⁻¹ ∇₂f1: (15), (16), regularized as in Section 4.5.
-    f1, f2: the leader's and the follower's cost, scalars with their graphs; x1, x2: their lists of parameters;
-    grad2_f2: ∇₂f2 with its graph, if the caller has it. Returns a list of tensors like x1, and info. (For the critic as
-    leader Algorithm 2 prints ∇_θ²J + λI; the follower's cost is -J, so it is ∇_θ²(-J) + λI here.)"""
+
+    f1, f2: the leader's and the follower's cost, scalars with their graphs; x1, x2: their lists of parameters.
+    grad2_f2: ∇₂f2 with its graph, if the caller has it. Returns a list of tensors like x1, and info.
+    For the critic as leader Algorithm 2 prints ∇_θ²J + λI. The follower's cost is -J, so it is ∇_θ²(-J) + λI here.
+    """
     grads = grad(f1, [*x1, *x2])
-    direct, grad2_f1 = grads[: len(x1)], flatten(grads[len(x1) :])
-    grad2_f2 = flatten(grad(f2, x2, create_graph=True) if grad2_f2 is None else grad2_f2)
+    grad1_f1 = grads[: len(x1)]
+    grad2_f1 = flatten(grads[len(x1) :])
+    if grad2_f2 is None:
+        grad2_f2 = grad(f2, x2, create_graph=True)
+    grad2_f2 = flatten(grad2_f2)
 
     def damped_hessian(v):
         return flatten(grad(grad2_f2, x2, v)) + lam * v
 
     v, solver_info = conjugate_gradient(damped_hessian, grad2_f1, cg_iters, cg_tol, preconditioner)
-    total, info = total_derivative(direct, grad(grad2_f2, x1, -v))
+    total, info = total_derivative(grad1_f1, mixed_derivative(grad2_f2, x1, v))
     return total, solver_info | info
 
 
-# The actor as leader: the Gauss-Newton part 𝒥ᵀD𝒥 of ∇_w²L, 𝒥 = ∂Q/∂w, D = ∂²L/∂Q² = 2/B, by the tangent kernel K = 𝒥𝒥ᵀ
-def jacobian_factors(q, x):
-    """A Q network at its inputs x, [B, n] -> Q, [B], to first order in x and constant in w, and 𝒥 in factors.
-    The factors are a pair (A, G) for each Linear, its inputs and ∂Q/∂(its outputs), [B, width] each: row i of 𝒥 is
-    G_i A_iᵀ for the layer's weights, and G_i for its biases. Critical: this is right for modules that run in their
-    order, of which only Linears have parameters, if no two samples meet. `check_jacobian` refuses anything else."""
-    out = start = x.detach().requires_grad_()
-    inputs, outputs = [], []
-    for module in (m for m in q.modules() if not list(m.children())):
-        before, out = out, module(out)
-        if isinstance(module, nn.Linear):
-            inputs.append(before.detach())
-            outputs.append(out)
-    slope, *gradients = grad(out.sum(), [start, *outputs])
-    value = out.detach().squeeze(-1).requires_grad_() + (slope * (x - x.detach())).sum(-1)
-    return value, list(zip(inputs, gradients))
+# Gauss-Newton, for the actor as leader (not in the paper)
+#
+# L depends on w through Q alone. So ∇_w²L is 𝒥ᵀD𝒥, with 𝒥 = ∂Q/∂w and D = ∂²L/∂Q² (a diagonal), and a rest with ∂L/∂Q
+# and the second derivatives of Q. Gauss-Newton drops the rest. Then the solve needs only a B × B matrix, the tangent
+# kernel K = 𝒥𝒥ᵀ, and 𝒥 is never made: a layer's rows of it are outer products of two vectors that autograd knows.
+Layer = namedtuple("Layer", "weight bias inputs scale outputs")  # outputs = (inputs weightᵀ + bias) ∘ scale
+
+
+class RecordLayers(TorchFunctionMode):
+    """Appends each Linear and LayerNorm that runs while this is active to `layers`, in terms of its parameters.
+
+    PyTorch shows every call of a torch function to an active TorchFunctionMode. (Forward hooks do not compile.)
+    """
+
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = layers
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        outputs = function(*args, **kwargs)
+        if function is F.linear:
+            self.record_linear(outputs, *args, **kwargs)
+        elif function is F.layer_norm:
+            self.record_layer_norm(outputs, *args, **kwargs)
+        else:
+            return outputs
+        return outputs.clone()  # an in-place activation changes the copy, not what is recorded
+
+    def record_linear(self, outputs, input, weight, bias=None):
+        self.layers.append(Layer(weight, bias, input.detach(), None, outputs))
+
+    def record_layer_norm(self, outputs, input, normalized_shape, weight=None, bias=None, eps=1e-5):
+        normalized = F.layer_norm(input.detach(), normalized_shape, eps=eps)
+        self.layers.append(Layer(None, weight, None, normalized, outputs))  # its weight is a bias, times x̂
+        self.layers.append(Layer(None, bias, None, None, outputs))
+
+
+def refuse(what, reason):
+    """Ends the run because Gauss-Newton would be wrong."""
+    stop(f"Gauss-Newton does not know this {what}: {reason}. --curvature hessian --no-precondition takes it")
+
+
+Factors = namedtuple("Factors", "weight bias A G")  # weight, bias: which tensors of w they are, or None
+
+
+def jacobian(critic, qs, layers):
+    """𝒥 = ∂Q/∂w of each Q network, [B, |w|], as a list of factors A [B, m] and G [B, n], one of each layer that ran.
+
+    Row i of 𝒥 is the outer product G_i A_iᵀ for a layer's weight and G_i for its bias, where A has the layer's inputs
+    and G = ∂Q/∂outputs (∘ scale). Q networks that share layers have one 𝒥: the rows of the first, of the second, ...
+    """
+    number = {p: k for k, p in enumerate(trainable(critic))}
+    layers = [layer for layer in layers if layer.weight in number or layer.bias in number]
+    used = [number.get(p) for layer in layers for p in (layer.weight, layer.bias)]
+    for name, p in critic.named_parameters():
+        times = used.count(number[p]) if p in number else 1
+        if times == 0:
+            refuse("critic", f"{name} is no weight or bias of a Linear or LayerNorm that has run")
+        if times > 1:
+            refuse("critic", f"{name} is used more than once")
+    for q in qs:
+        if q.dim() != 1:
+            refuse("critic", f"a Q network has outputs of shape {tuple(q.shape)}, not [B]")
+    for layer in layers:
+        if layer.outputs.shape[:-1] != qs[0].shape:
+            refuse("critic", f"a layer has outputs of shape {tuple(layer.outputs.shape)}, not [B, n]")
+
+    outputs = [layer.outputs for layer in layers]
+    slopes = []  # a list for each Q network: its derivatives by the outputs, None where it does not depend on them
+    for q in qs:
+        slopes.append(torch.autograd.grad(q.sum(), outputs, retain_graph=True, allow_unused=True))
+    reached = [sum(slope is not None for slope in of_layer) for of_layer in zip(*slopes)]
+    if min(reached) == 0:
+        refuse("critic", "a layer that has run does not reach Q")
+    if max(reached) > 1:
+        layers, slopes = one_network(layers, slopes)
+
+    Js = []
+    for of_network in slopes:
+        J = []
+        for layer, slope in zip(layers, of_network):
+            if slope is not None:
+                G = slope if layer.scale is None else slope * layer.scale
+                J.append(Factors(number.get(layer.weight), number.get(layer.bias), layer.inputs, G))
+        Js.append(J)
+    return Js
+
+
+def one_network(layers, slopes):
+    """Layers and slopes of Q networks that share layers as those of one network with the rows of all."""
+    stacked_layers = []
+    stacked_slopes = []
+    for layer, of_layer in zip(layers, zip(*slopes)):
+        inputs = None if layer.inputs is None else layer.inputs.repeat(len(slopes), 1)
+        scale = None if layer.scale is None else layer.scale.repeat(len(slopes), 1)
+        stacked_layers.append(layer._replace(inputs=inputs, scale=scale))
+        nothing = torch.zeros_like(layer.outputs)
+        stacked_slopes.append(torch.cat([nothing if slope is None else slope for slope in of_layer]))
+    return stacked_layers, [stacked_slopes]
+
+
+def jvp(J, u):
+    """𝒥u, [rows], for a list u of tensors with the entries of w."""
+    products = []
+    for weight, bias, A, G in J:
+        outputs = 0.0 if bias is None else u[bias].reshape(-1)
+        if weight is not None:
+            outputs = A @ u[weight].reshape(G.shape[1], A.shape[1]).T + outputs
+        products.append((outputs * G).sum(1))
+    return sum(products)
 
 
 def vjp(J, c):
-    """𝒥ᵀc, a list of tensors like w, for c of shape [B]."""
-    return [t for A, G in J for t in ((G * c[:, None]).T @ A, G.T @ c)]
+    """𝒥ᵀc for c [rows]: a dict, its entries for tensor k of w under k."""
+    entries = {}
+    for weight, bias, A, G in J:
+        if weight is not None:
+            entries[weight] = (c[:, None] * G).T @ A
+        if bias is not None:
+            entries[bias] = c @ G
+    return entries
 
 
-def check_jacobian(critic, observation_space, action_space):
-    """Refuses a critic that `jacobian_factors` gets wrong, by the value and the gradient of c·Q at a few points."""
-    generator, w = torch.Generator().manual_seed(0), list(critic.parameters())  # not the run's generator
-    shapes = observation_space.shape, action_space.shape, ()
-    obs, actions, c = (torch.rand(8, *shape, generator=generator).to(w[0]) for shape in shapes)
-    Q = sum(c @ q for q in critic(obs, actions))
-    expected = [Q, *grad(Q, w)]
-    try:
-        qs, Js = zip(*(jacobian_factors(q, torch.cat([obs, actions], dim=-1)) for q in critic.children()))
-        found = [sum(c @ q for q in qs), *(t for J in Js for t in vjp(J, c))]
-        error = (flatten(found) - flatten(expected)).norm() / flatten(expected).norm()
-    except RuntimeError:  # modules or shapes that do not fit
-        error = math.inf
-    if not error < 1e-3:
-        stop("`jacobian_factors` is wrong for this critic: it needs --curvature hessian --no-precondition")
-
-
-def tangent_kernel(J1, J2):
-    """𝒥₁𝒥₂ᵀ, [B₁, B₂]: how fitting Q at one sample moves it at another."""
-    return sum((A1 @ A2.T + 1) * (G1 @ G2.T) for (A1, G1), (A2, G2) in zip(J1, J2))
+def tangent_kernel(J):
+    """K = 𝒥𝒥ᵀ, [rows, rows]: how fitting Q at one sample moves it at another."""
+    products = []
+    for weight, bias, A, G in J:
+        inputs = 0.0 if bias is None else 1.0
+        if weight is not None:
+            inputs = A @ A.T + inputs
+        products.append(inputs * (G @ G.T))
+    return sum(products)
 
 
 def ridge_solver(K, damping):
-    """c -> (K + diag(damping))⁻¹ c, [B], damping > 0 a number or [B]: positive definite, it cannot break down."""
+    """c -> (K + diag(damping))⁻¹ c, [rows], with damping > 0 [rows]: positive definite, it cannot break down."""
     rounding = torch.finfo(K.dtype).eps * K.trace()  # K has errors of this size: with less it could be indefinite
-    K = K.to(torch.float64, copy=True)
-    K.diagonal().add_(damping + rounding)
-    chol, _ = torch.linalg.cholesky_ex(K)  # checks nothing, so that a GPU need not wait
+    K = K.double() + torch.diag(damping.double() + rounding)
+    chol, _ = torch.linalg.cholesky_ex(K)  # it checks nothing, so that a GPU need not wait
     return lambda c: torch.cholesky_solve(c.double()[:, None], chol)[:, 0].to(c.dtype)
 
 
-def gauss_newton_preconditioner(critic, batch, lam):
-    """r -> ((2/B)𝒥ᵀ𝒥 + λI)⁻¹ r = (r - 𝒥ᵀ(K + (λB/2) I)⁻¹𝒥r)/λ for each Q network. (2/B is of the squares in (10); for
-    another loss this is only a worse preconditioner.)"""
-    x, sizes = torch.cat([batch.obs, batch.actions], dim=-1), [len(flatten(q.parameters())) for q in critic.children()]
-    Js = [jacobian_factors(q, x)[1] for q in critic.children()]
-    Ks = [tangent_kernel(J, J) for J in Js]
-    # (r - fit)/λ is a difference of close numbers: far below the matrix's trace λ would leave rounding alone
-    floor = torch.finfo(x.dtype).eps ** (2 / 3) * 2 / len(x) * sum(K.trace() for K in Ks)
-    lam = floor.clamp(min=lam)
-    solvers = [ridge_solver(K, lam * len(x) / 2) for K in Ks]
+def q_derivatives(f_critic, qs):
+    """∂L/∂Q with its graph and the diagonal D = ∂²L/∂Q², lists like qs. (`check_gauss_newton` sees if D is that.)"""
+    f_q = grad(f_critic, qs, create_graph=True)
+    D = grad(f_q, qs, [torch.ones_like(q) for q in qs])
+    return f_q, D
 
-    def jvp(J, v):  # 𝒥v, [B], for a flat v like w
-        parts = v.split([n for A, G in J for n in (G.shape[1] * A.shape[1], G.shape[1])])
-        layers = zip(J, parts[::2], parts[1::2])
-        return sum((torch.addmm(bias, A, weight.view(-1, A.shape[1]).T) * G).sum(1) for (A, G), weight, bias in layers)
+
+def gauss_newton_gradient(f1, f2, x1, x2, lam, qs, Js):
+    """`stackelberg_gradient` with 𝒥ᵀD𝒥 in place of ∇₂²f2: v = (𝒥ᵀD𝒥 + λI)⁻¹ ∇₂f1.
+
+    f2 reaches w through Q, so (∇₂₁f2)ᵀv = ∇₁⟨∂f2/∂Q, 𝒥v⟩. That needs only 𝒥v = D⁻¹(K + λD⁻¹)⁻¹ 𝒥∇₂f1, which is a kernel
+    ridge regression: when the critic re-fits, moving a target moves f1, and the actor descends that influence, too.
+    """
+    grads = grad(f1, [*x1, *x2])
+    grad1_f1 = grads[: len(x1)]
+    grad2_f1 = grads[len(x1) :]
+    f2_q, D = q_derivatives(f2, qs)
+    Jv = []
+    for J, D_J in zip(Js, torch.cat(D).chunk(len(Js))):
+        D_J = torch.where(D_J > 0, D_J, math.nan)  # a loss that is not convex ends the run
+        K = tangent_kernel(J)
+        solve = ridge_solver(K, lam / D_J)
+        Jv.append(solve(jvp(J, grad2_f1)) / D_J)
+    Jv = torch.cat(Jv).chunk(len(qs))
+    return total_derivative(grad1_f1, mixed_derivative(f2_q, x1, Jv))
+
+
+def gauss_newton_preconditioner(f2, x2, lam, qs, Js):
+    """r -> (𝒥ᵀD𝒥 + λI)⁻¹ r = (r - 𝒥ᵀ(K + λD⁻¹)⁻¹𝒥r) / λ, [n]: a preconditioner for the full Hessian."""
+    _, D = q_derivatives(f2, qs)
+    D = torch.cat(D)
+    D = D.clamp(min=1e-6 * D.max())  # a preconditioner has to be positive definite, even if the loss is not convex
+    Ds = D.chunk(len(Js))
+    Ks = [tangent_kernel(J) for J in Js]
+    # (r - fit)/λ is a difference of close numbers: λ far below the trace of D𝒥𝒥ᵀ would leave rounding alone
+    trace = sum(K.diagonal() @ D_J for K, D_J in zip(Ks, Ds))
+    lam = (torch.finfo(trace.dtype).eps ** (2 / 3) * trace).clamp(min=lam)
+    solvers = [ridge_solver(K, lam / D_J) for K, D_J in zip(Ks, Ds)]
+    sizes = [p.numel() for p in x2]
 
     def preconditioner(r):
-        fits = [flatten(vjp(J, solve(jvp(J, u)))) for J, solve, u in zip(Js, solvers, r.split(sizes))]
-        return (r - torch.cat(fits)) / lam
+        u = r.split(sizes)
+        fits = {}
+        for J, solve in zip(Js, solvers):
+            fits |= vjp(J, solve(jvp(J, u)))
+        return (r - flatten(fits[k] for k in range(len(x2)))) / lam
 
     return preconditioner
 
 
-def gauss_newton_gradients(actor, critic, target_critic, batch, alpha, lam, args):
-    """`player_gradients` for the actor as leader, with 𝒥ᵀD𝒥 in place of ∇_w²L: v = (𝒥ᵀD𝒥 + λI)⁻¹ ∇_wf1.
-    (∇₂₁f2)ᵀv = ∇_θ⟨∂L/∂Q, 𝒥v⟩ needs only 𝒥v = D⁻¹(K + λD⁻¹)⁻¹ 𝒥∇_wf1, a kernel ridge regression: when the critic
-    re-fits, moving a target moves f1, and the actor descends its influence on the targets, too."""
-    theta, B, seen = list(actor.parameters()), len(batch.obs), []
-
-    def critic_pi(obs, actions):  # (s, a) and (s, a_θ(s)) go through the layers together
-        x = torch.cat([torch.cat([batch.obs, batch.actions], dim=-1), torch.cat([obs, actions], dim=-1)])
-        seen.extend(jacobian_factors(q, x) for q in critic.children())
-        return [q[B:] for q, _ in seen]
-
-    def critic_sa(obs, actions):
-        assert actions is batch.actions, "Gauss-Newton needs a critic_loss of Q at the batch's (s, a) alone"
-        return qs_sa
-
-    f_actor = actor_loss(actor, critic_pi, batch, alpha)
-    qs, Js = zip(*seen)
-    qs_sa, Js_sa = [q[:B].detach().requires_grad_() for q in qs], [[(A[:B], G[:B]) for A, G in J] for J in Js]
-    f_critic = critic_loss(actor, critic_sa, target_critic, batch, args.gamma, alpha)
-    grads = grad(f_actor, [*theta, *qs])
-    direct, f1_q = grads[: len(theta)], grads[len(theta) :]  # f1_q: [2B], zero in the first B rows
-    f2_q = grad(f_critic, qs_sa, create_graph=True)
-    # critical: this is ∂²L/∂Q² only of an L that is a sum over samples and Q networks, strictly convex in each Q
-    f2_qq = grad(f2_q, qs_sa, [torch.ones_like(q) for q in qs_sa])
-    grad_w = [t for J, c in zip(Js_sa, f2_q) for t in vjp(J, c.detach())]
-    Ks = [tangent_kernel(J_sa, J) for J_sa, J in zip(Js_sa, Js)]  # [B, 2B]
-    Jv = [ridge_solver(K[:, :B], lam / D)(K @ c) / D for K, c, D in zip(Ks, f1_q, f2_qq)]
-    grad_theta, info = total_derivative(direct, grad(f2_q, theta, [-u for u in Jv]))
-    return f_actor.detach(), f_critic.detach(), grad_theta, grad_w, info
+def check_gauss_newton(critic, batch, y, args):
+    """Ends the run in one line if 𝒥 or D is not what autograd says, for random c, on a real batch with targets y."""
+    layers = []
+    with RecordLayers(layers):
+        qs = critic(batch.obs, batch.actions)
+    Js = jacobian(critic, qs, layers)
+    w = trainable(critic)
+    c = [torch.randn_like(q) for q in qs]
+    found = {}
+    for J, c_J in zip(Js, torch.cat(c).chunk(len(Js))):
+        found |= vjp(J, c_J)
+    expected = flatten(grad(qs, w, c))
+    error = (flatten(found[k] for k in range(len(w))) - expected).norm() / expected.norm()
+    if not error < 1e-3:
+        refuse(
+            "critic", "∂Q/∂w is not what its layers say (samples meet, as in batch norm, or w is used elsewhere, too)"
+        )
+    if args.curvature == "gauss-newton":
+        f_q, D = q_derivatives(critic_loss(qs, y), qs)
+        D = torch.cat(D)
+        if not (D > 0).all():
+            refuse("critic_loss", "it is not strictly convex in each Q")
+        expected = torch.cat(grad(f_q, qs, c))
+        error = (D * torch.cat(c) - expected).norm() / expected.norm()
+        if not error < 1e-3:
+            refuse("critic_loss", "it is no sum over samples and Q networks")
 
 
 def player_gradients(actor, critic, target_critic, batch, alpha, lam, args):
-    """Both players' costs and gradients at the same (θ, w): f_actor, f_critic, two lists like θ and w, and info."""
-    if args.leader == "actor" and args.curvature == "gauss-newton":
-        return gauss_newton_gradients(actor, critic, target_critic, batch, alpha, lam, args)
-    theta, w, info = list(actor.parameters()), list(critic.parameters()), {}
-    f_actor = actor_loss(actor, critic, batch, alpha)  # first, whoever leads: the order of the noise
-    f_critic = critic_loss(actor, critic, target_critic, batch, args.gamma, alpha)
+    """Both players' costs and gradients at the same (θ, w).
+
+    Returns f_actor, f_critic, the gradients as lists like θ and w, and info: tensors, among them Q and y of the batch.
+    """
+    theta = trainable(actor)
+    w = trainable(critic)
+    f_actor = actor_loss(actor, critic, batch, alpha)  # first, and then y, so that all leaders see the same noise
+    y = td_target(actor, target_critic, batch, args.gamma, alpha)
+    layers = []
+    with RecordLayers(layers) if args.leader == "actor" else nullcontext():
+        qs = critic(batch.obs, batch.actions)
+    f_critic = critic_loss(qs, y)
+    info = {}  # on the solve
+
     if args.leader == "none":
-        grad_theta, grad_w = grad(f_actor, theta), grad(f_critic, w)
-    elif args.leader == "actor":
-        grad_w = grad(f_critic, w, create_graph=True)
-        M = gauss_newton_preconditioner(critic, batch, lam) if args.precondition else None
-        grad_theta, info = stackelberg_gradient(f_actor, f_critic, theta, w, lam, args.cg_iters, args.cg_tol, grad_w, M)
-    else:
+        grad_theta = grad(f_actor, theta)
+        grad_w = grad(f_critic, w)
+    elif args.leader == "critic":
         grad_theta = grad(f_actor, theta, create_graph=True)
-        grad_w, info = stackelberg_gradient(f_critic, f_actor, w, theta, lam, args.cg_iters, args.cg_tol, grad_theta)
-    return f_actor.detach(), f_critic.detach(), [g.detach() for g in grad_theta], [g.detach() for g in grad_w], info
+        grad_w, info = stackelberg_gradient(
+            f_critic, f_actor, w, theta, lam, args.cg_iters, args.cg_tol, grad2_f2=grad_theta
+        )
+    elif args.curvature == "gauss-newton":
+        grad_w = grad(f_critic, w)
+        Js = jacobian(critic, qs, layers)
+        grad_theta, info = gauss_newton_gradient(f_actor, f_critic, theta, w, lam, qs, Js)
+    else:
+        grad_w = grad(f_critic, w, create_graph=True)
+        M = None
+        if args.precondition:
+            M = gauss_newton_preconditioner(f_critic, w, lam, qs, jacobian(critic, qs, layers))
+        grad_theta, info = stackelberg_gradient(
+            f_actor, f_critic, theta, w, lam, args.cg_iters, args.cg_tol, grad2_f2=grad_w, preconditioner=M
+        )
+
+    info |= {"qs": [q.detach() for q in qs], "y": y.detach()}
+    grad_theta = [g.detach() for g in grad_theta]
+    grad_w = [g.detach() for g in grad_w]
+    return f_actor.detach(), f_critic.detach(), grad_theta, grad_w, info
 
 
 # Update
-def optimizer_step(optimizer, grads):
-    """One optimizer step along given gradients."""
-    for p, g in zip(optimizer.param_groups[0]["params"], grads):
+def optimizer_step(optimizer, parameters, grads):
+    """One step of an optimizer along given gradients."""
+    for p, g in zip(parameters, grads):
         p.grad = g.detach()
     optimizer.step()
 
 
+@torch.no_grad()
+def update_target(target, net, tau):
+    """Polyak average of the parameters; buffers, such as running statistics of observations, are copied."""
+    for target_p, p in zip(target.parameters(), net.parameters()):
+        target_p.lerp_(p, tau)
+    for target_b, b in zip(target.buffers(), net.buffers()):
+        target_b.copy_(b)
+
+
 def stackelberg_update(nets, optimizers, batches, alpha, lam, args, gradients=player_gradients):
-    """One iteration of Algorithm 2 (with one batch: of Algorithm 1, (11)-(14)), and the target networks' step.
-    nets: actor, critic, target critic; optimizers: the actor's, the critic's. The follower takes a step on each batch
-    (fresh ones: it responds to the whole replay buffer), the leader one on the first. Returns both costs and info."""
+    """One iteration of Algorithm 2 (with one batch: of Algorithm 1, (11)-(14)), and the target network's step.
+
+    nets: actor, critic, target critic. optimizers: the actor's, the critic's. batches: m; the follower takes a step on
+    each (fresh ones, because it responds to the whole replay buffer), the leader one on the first.
+    Returns both costs and info of the first.
+    """
     actor, critic, target_critic = nets
-    f_actor, f_critic, *grads, info = gradients(*nets, batches[0], alpha, lam, args)  # at the same (θ_k, w_k)
-    leader, follower = (1, 0) if args.leader == "critic" else (0, 1)
-    optimizer_step(optimizers[follower], grads[follower])
-    for batch in batches[1:]:
-        f2 = critic_loss(*nets, batch, args.gamma, alpha) if follower else actor_loss(actor, critic, batch, alpha)
-        optimizer_step(optimizers[follower], grad(f2, list(nets[follower].parameters())))
-    optimizer_step(optimizers[leader], grads[leader])  # last: the follower's steps are at the leader's old parameters
-    with torch.no_grad():
-        torch._foreach_lerp_(list(target_critic.parameters()), list(critic.parameters()), args.tau)
+    actor_optimizer, critic_optimizer = optimizers
+    theta = trainable(actor)
+    w = trainable(critic)
+    f_actor, f_critic, grad_theta, grad_w, info = gradients(*nets, batches[0], alpha, lam, args)  # at (θ_k, w_k)
+
+    # the follower's steps come first: they are at the leader's old parameters
+    if args.leader == "critic":
+        optimizer_step(actor_optimizer, theta, grad_theta)
+        for batch in batches[1:]:
+            cost = actor_loss(actor, critic, batch, alpha)
+            optimizer_step(actor_optimizer, theta, grad(cost, theta))
+        optimizer_step(critic_optimizer, w, grad_w)
+    else:
+        optimizer_step(critic_optimizer, w, grad_w)
+        for batch in batches[1:]:
+            y = td_target(actor, target_critic, batch, args.gamma, alpha)
+            cost = critic_loss(critic(batch.obs, batch.actions), y)
+            optimizer_step(critic_optimizer, w, grad(cost, w))
+        optimizer_step(actor_optimizer, theta, grad_theta)
+
+    update_target(target_critic, critic, args.tau)
     return f_actor, f_critic, info
 
 
 # Evaluation
 def evaluate(actor, env, episodes, *key):
-    """Undiscounted returns of `episodes` episodes of the mean policy; start states depend on `key` alone."""
-    returns = []
+    """Undiscounted returns of `episodes` episodes of the mean policy, [episodes]; they start as `key` says."""
+    device = actor.action_scale.device
+    returns = np.zeros(episodes)
     for episode in range(episodes):
-        obs, info = reset(env, *key, episode), {}
-        while "episode" not in info:
+        obs = reset(env, *key, episode)
+        done = False
+        while not done:
             with torch.no_grad():
-                action, _ = actor(torch.as_tensor(obs).to(actor.action_scale), deterministic=True)
-            obs, _, _, _, info = env.step(action.cpu().numpy())
-        returns.append(float(info["episode"]["r"]))
-    return np.array(returns)
+                action, _ = actor(torch.as_tensor(obs, device=device), deterministic=True)
+            obs, reward, terminated, truncated, _ = env.step(to_box(action.cpu().numpy(), env.action_space))
+            obs = to_float32(obs)
+            returns[episode] += to_float32(reward).item()
+            done = terminated or truncated
+    return returns
 
 
-# Checkpoint
+def play(args):
+    """What the command line calls for --evaluate: plays a model."""
+    state = load(args.evaluate, args)
+    videos = None
+    if args.capture_video:
+        videos = Path(args.evaluate).parent / f"videos/evaluate-{time.time_ns() // 1000}"
+    flags = state["args"]
+    env = make_env(flags["env_id"], args.max_episode_steps or flags["max_episode_steps"], videos, args.eval_episodes)
+    actor = Actor(env.observation_space, env.action_space, flags["hidden"])
+    actor.load_state_dict(state["actor"])
+    returns = evaluate(actor, env, args.eval_episodes, args.seed, PLAY)
+    env.close()
+    for k, episodic_return in enumerate(returns, 1):
+        print(f"episode {k}: return {episodic_return:.2f}")
+    print(f"mean return {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes")
+
+
+# The run's folder, checkpoints
 ALGORITHM = "stsac"  # marks the files that this script writes
+MAY_CHANGE = (  # flags that may differ when a run is carried on: it stays the same run
+    "exp_name cuda compile track capture_video save_model run_dir evaluate eval_every eval_episodes checkpoint_every "
+    "total_timesteps"
+).split()
+
+
+@contextmanager
+def run_folder(run_dir):
+    """Makes the folder and locks it as long as the run lasts; says how to carry on after Ctrl-C."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = open(run_dir / "lock", "w")
+    except OSError as e:
+        stop(f"--run-dir {run_dir}: {e.strerror}")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            print(f"{Path(__file__).name}: another process is at work in {run_dir}", file=sys.stderr)
+            raise SystemExit(os.EX_TEMPFAIL) from None  # not an error: launchers leave it to the other
+        try:
+            yield
+        except KeyboardInterrupt:
+            if (run_dir / "checkpoint.pt").exists():
+                print(f"\ninterrupted; carry on from its last checkpoint with --run-dir {run_dir}", file=sys.stderr)
+            else:
+                print("\ninterrupted before its first checkpoint: there is nothing to carry on from", file=sys.stderr)
+            raise SystemExit(130) from None
 
 
 def save(path, **state):
@@ -505,160 +797,279 @@ def save(path, **state):
     os.replace(f"{path}.tmp", path)
 
 
-def load(path, args, *keys):
-    """What `save` wrote. Runs no code: neither the file's (weights_only) nor a module's that only the file names."""
+def load(path, args):
+    """What `save` wrote, mapped into memory. Runs no code: not the file's, nor a module's that only the file names."""
+    if not Path(path).is_file():
+        stop(f"{path} is {'a folder' if Path(path).is_dir() else 'missing'}, not a file that this script has saved")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        env_id = str(state["args"]["env_id"])
-        if state["algorithm"] != ALGORITHM or state["args"].keys() != vars(args).keys() or not {*keys} <= state.keys():
+        if zipfile.ZipFile(path).testzip() is not None:
             raise ValueError
-    except Exception as e:  # a file can hold anything
-        stop(f"{path} is missing, damaged or no {ALGORITHM} file that fits ({type(e).__name__})")
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        algorithm = state["algorithm"]
+        flags = state["args"]
+        env_id = str(flags["env_id"])
+    except Exception:  # a file can hold anything
+        stop(f"{path} is damaged, or no checkpoint")
+    if algorithm != ALGORITHM:
+        stop(f"{path} is of another script: {algorithm}")
+    if flags.keys() != vars(args).keys():
+        stop(f"{path} is of another version of this script: its flags are not the same")
     if ":" in env_id and env_id != args.env_id:
         stop(f"{path} wants a module imported for its environment; to allow that, say --env-id {env_id}")
     return state
 
 
+def check_same_run(run_dir, state, args):
+    """Refuses to carry a run on as another one."""
+    for name, value in state["args"].items():
+        if name not in MAY_CHANGE and value != getattr(args, name):
+            stop(f"{run_dir} has a run with --{name.replace('_', '-')} {value}, not {getattr(args, name)}")
+    if state["global_step"] > args.total_timesteps:
+        stop(f"{run_dir} is at step {state['global_step']}, beyond --total-timesteps {args.total_timesteps}")
+
+
+# Logging
+def new_writer(run_dir, start, args):
+    """TensorBoard's writer. What was written after step `start` by a process that was killed is written again."""
+    for path in run_dir.glob("events.out.tfevents.*"):
+        if int(path.name.split(".")[3]) > time.time():
+            print(
+                f"the clock is behind {path}: TensorBoard, which reads by time, may hide the older part of the curves"
+            )
+    writer = SummaryWriter(str(run_dir), purge_step=start + 1, flush_secs=10)
+    table = ["|param|value|", "|-|-|"]
+    for name, value in vars(args).items():
+        table.append(f"|{name}|{value}|")
+    writer.add_text("hyperparameters", "\n".join(table), start)
+    return writer
+
+
+def update_scalars(f_actor, f_critic, info, lam):
+    """What TensorBoard gets of an update: all of it was computed in the update itself."""
+    scalars = {"losses/actor_loss": f_actor, "losses/qf_loss": f_critic / len(info["qs"])}
+    for i, q in enumerate(info["qs"], 1):
+        scalars[f"losses/qf{i}_values"] = q.mean()
+        scalars[f"losses/qf{i}_loss"] = critic_loss([q], info["y"])
+    for name in ("residual", "iterations"):
+        if name in info:
+            scalars[f"stackelberg/cg_{name}"] = info[name]
+    for name in ("negative_curvature", "direct_norm", "implicit_norm", "cosine"):
+        if name in info:
+            scalars[f"stackelberg/{name}"] = info[name]
+    if "cosine" in info:
+        scalars["stackelberg/lam"] = lam
+    return scalars
+
+
 # Training
 def train(args):
-    """What the command line calls: trains (or carries on) one run and returns its folder."""
+    """What the command line calls: begins a run or carries it on, and returns its folder."""
+    algorithm = {"none": "sac", "actor": "stsac-al", "critic": "stsac-cl"}[args.leader]
+    run_name = f"{args.env_id}__{args.exp_name or algorithm}__{args.seed}__{time.time_ns() // 1000}"
+    run_dir = Path("runs") / re.sub(r"[^\w.-]", "-", run_name)
+    if args.run_dir is not None:
+        run_dir = Path(args.run_dir)
+    with run_folder(run_dir):
+        training_loop(run_dir, algorithm, args)
+    return run_dir
+
+
+def training_loop(run_dir, algorithm, args):
+    """From the last checkpoint in the folder, if there is one, to the last step."""
     torch.set_num_threads(1)  # networks of this size hardly gain by more, and runs side by side lose
     torch.manual_seed(args.seed)
-    torch.backends.cudnn.deterministic = args.torch_deterministic
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
-    env = make_env(args.env_id)
+    env = make_env(args.env_id, args.max_episode_steps)
     spaces = env.observation_space, env.action_space
-    actor, critic, target_critic = nets = [net(*spaces, args.hidden).to(device) for net in (Actor, Critic, Critic)]
-    target_critic.requires_grad_(False).load_state_dict(critic.state_dict())
+
+    # The players, and all else that a checkpoint holds
+    actor = Actor(*spaces, args.hidden).to(device)
+    critic = Critic(*spaces, args.hidden).to(device)
+    target_critic = Critic(*spaces, args.hidden).to(device)
+    target_critic.load_state_dict(critic.state_dict())
+    target_critic.requires_grad_(False)
     log_alpha = nn.ParameterList([torch.zeros(1, device=device)])
-    players = (actor, args.policy_lr), (critic, args.q_lr), (log_alpha, args.q_lr)
-    *optimizers, alpha_optimizer = [torch.optim.Adam(list(x.parameters()), lr=lr, fused=True) for x, lr in players]
-    buffer = ReplayBuffer(args.buffer_size, *spaces, device)
-    if args.leader == "actor" and (args.precondition or args.curvature == "gauss-newton"):
-        check_jacobian(critic, *spaces)
-    gradients = player_gradients
-    if args.compile:  # "fallback_random": noise from torch's generator, as without --compile
-        torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad inside a compiled function
-        gradients = torch.compile(player_gradients, fullgraph=True, options={"fallback_random": True})
-    exp_name = args.exp_name or {"none": "sac", "actor": "stsac-al", "critic": "stsac-cl"}[args.leader]
-    run_name = re.sub(r"[^\w.-]", "-", f"{args.env_id}__{exp_name}__{args.seed}__{time.time_ns() // 1000}")
-    run_dir = Path(args.resume or f"runs/{run_name}")
-    parts = {"actor": actor, "critic": critic, "target_critic": target_critic, "log_alpha": log_alpha, "buffer": buffer}
-    parts |= {"actor_optimizer": optimizers[0], "q_optimizer": optimizers[1], "alpha_optimizer": alpha_optimizer}
-    start, episode, log_size, totals = 0, 0, 0, {}
-    if args.resume:
-        state, names = load(run_dir / "checkpoint.pt", args, "rng"), list(vars(args))
-        for name in ["seed", "env_id", *names[names.index("buffer_size") :]]:  # what makes it that run
-            if state["args"][name] != getattr(args, name):
-                stop(f"cannot resume {run_dir}: its {name} is {state['args'][name]}, not {getattr(args, name)}")
-        start, episode, log_size, totals = (state[x] for x in ("global_step", "episode", "log_size", "totals"))
-        if start > args.total_timesteps:
-            stop(f"cannot resume {run_dir}: it is at step {start}, beyond --total-timesteps")
+    actor_optimizer = torch.optim.Adam(actor.parameters(), lr=args.policy_lr, fused=True)
+    q_optimizer = torch.optim.Adam(critic.parameters(), lr=args.q_lr, fused=True)
+    alpha_optimizer = torch.optim.Adam(log_alpha.parameters(), lr=args.q_lr, fused=True)
+    buffer = ReplayBuffer(min(args.buffer_size, args.total_timesteps), *spaces, device)
+    parts = {
+        "actor": actor,
+        "critic": critic,
+        "target_critic": target_critic,
+        "log_alpha": log_alpha,
+        "actor_optimizer": actor_optimizer,
+        "q_optimizer": q_optimizer,
+        "alpha_optimizer": alpha_optimizer,
+        "buffer": buffer,
+    }
+    start = 0
+    episode = 0
+    if (run_dir / "checkpoint.pt").exists():
+        state = load(run_dir / "checkpoint.pt", args)
+        check_same_run(run_dir, state, args)
+        start = state["global_step"]
+        episode = state["episode"]
         for name, part in parts.items():
-            part.load_state_dict(state.pop(name))
+            part.load_state_dict(state[name])
         torch.set_rng_state(state["rng"])
         torch.cuda.set_rng_state_all(state["cuda_rng"])
-    eval_env = make_env(args.env_id, args.capture_video and run_dir / f"videos/from-{start}", args.eval_episodes)
+        del state  # it holds a second copy of the buffer
+        if start == args.total_timesteps:
+            print(f"{run_dir} is finished, with {start} steps; a larger --total-timesteps makes it longer")
+            if args.save_model:
+                save(run_dir / "model.pt", args=vars(args), actor=actor.state_dict(), critic=critic.state_dict())
+            return
+
+    # What a run needs besides
+    videos = run_dir / f"videos/{time.time_ns() // 1000}" if args.capture_video else None
+    eval_env = make_env(args.env_id, args.max_episode_steps, videos, args.eval_episodes)
+    gradients = player_gradients
+    if args.compile:
+        torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad inside a compiled function
+        # "fallback_random": noise from torch's generator, as without --compile
+        gradients = torch.compile(player_gradients, fullgraph=True, options={"fallback_random": True})
     if args.track:
         import wandb
 
-        run = {"name": run_dir.name, "id": run_dir.name, "resume": "allow", "config": vars(args), "save_code": True}
-        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True, **run)
-    writer = SummaryWriter(str(run_dir), purge_step=start + 1, flush_secs=10)  # a kill's leftovers are written again
-    table = ["|param|value|", "|-|-|", *(f"|{name}|{value}|" for name, value in vars(args).items())]
-    writer.add_text("hyperparameters", "\n".join(table), start)
-    log = open(run_dir / "log.txt", "a")
-    log.seek(log.truncate(log_size))  # drops what was logged after the checkpoint
-    print(run_dir, flush=True)
-    obs, checkpoint_step, timer = reset(env, args.seed, 0, episode), start, time.perf_counter()
+        name = run_dir.resolve().name
+        wandb.init(name=name, id=name, resume="allow", config=vars(args), sync_tensorboard=True, save_code=True)
+    writer = new_writer(run_dir, start, args)
+    curvature = f", {args.curvature}" if args.leader != "none" else ""
+    print(f"{algorithm}{curvature} on {args.env_id}, {device}, from step {start}: {run_dir}", flush=True)
+
+    nets = actor, critic, target_critic
+    optimizers = actor_optimizer, q_optimizer
+    first_update = max(start + 1, args.update_after)
+    checkpoint_step = start
+    start_time = time.perf_counter()
+    told_step, told_time = start, start_time
+    obs = reset(env, args.seed, TRAIN, episode)
+    episode_return, episode_length = 0.0, 0
     steps = range(start + 1, args.total_timesteps + 1)
-    for global_step in tqdm(steps, initial=start, total=args.total_timesteps, disable=None, dynamic_ncols=True):
+    bar = tqdm(steps, initial=start, total=args.total_timesteps, disable=None, dynamic_ncols=True)  # on a terminal
+    for global_step in bar:
+        # Act
         with torch.no_grad():
             if global_step <= args.start_steps:  # not action_space.sample(): environments may share that generator
-                action = actor.action_bias + actor.action_scale * (2 * torch.rand_like(actor.action_scale) - 1)
+                noise = 2 * torch.rand_like(actor.action_scale) - 1
+                action = actor.action_bias + actor.action_scale * noise
             else:
-                action, _ = actor(torch.as_tensor(obs, dtype=torch.float32, device=device))
+                action, _ = actor(torch.as_tensor(obs, device=device))
         action = action.cpu().numpy()
-        next_obs, reward, terminated, _, info = env.step(action)
-        if not np.abs(np.concatenate([obs, action, next_obs, [reward]])).max() <= np.finfo(np.float32).max:
-            stop(f"step {global_step}: an action, an observation or the reward is not finite (in float32)", 1)
+        next_obs, reward, terminated, truncated, _ = env.step(to_box(action, env.action_space))
+        next_obs = to_float32(next_obs)
+        reward = to_float32(reward).item()
+
+        # Store
+        for name, value in {"action": action, "observation": (obs, next_obs), "reward": reward}.items():
+            if not np.isfinite(value).all():
+                stop(f"step {global_step}: the {name} is not finite in float32")
         buffer.add(obs, action, reward, next_obs, terminated)
-        obs = np.array(next_obs)
-        if global_step >= args.learning_starts:
+        obs = next_obs
+        episode_return += reward
+        episode_length += 1
+        done = terminated or truncated
+
+        # Learn
+        if global_step >= args.update_after:
             batches = [buffer.sample(args.batch_size) for _ in range(args.unroll)]
+            # tensors: torch.compile would make new code for each number
             alpha = log_alpha[0].detach().exp() if args.autotune else torch.full((), args.alpha, device=device)
-            lam = torch.full((), args.lam * math.exp(-global_step / (args.lam_decay or math.inf)), device=device)
-            f_actor, f_critic, solve = stackelberg_update(nets, optimizers, batches, alpha, lam, args, gradients)
-            if not (f_actor + f_critic).isfinite():
-                stop(f"step {global_step}: a loss is not finite", 1)
-            losses = {"actor_loss": f_actor, "alpha": alpha}
+            decay = math.exp(-global_step / args.lam_decay) if args.lam_decay else 1.0
+            lam = torch.full((), args.lam * decay, device=device)
+            if global_step == first_update:
+                check_first_batch(nets, batches[0], alpha, lam, args)
+            f_actor, f_critic, info = stackelberg_update(nets, optimizers, batches, alpha, lam, args, gradients)
+            implicit_norm = info.get("implicit_norm", 0.0)
+            if not (f_actor + f_critic + implicit_norm).isfinite():
+                costs = f"-J = {f_actor:.3g}, L = {f_critic:.3g}, norm of the implicit term {implicit_norm:.3g}"
+                stop(f"step {global_step}: a number is not finite: {costs}")
             if args.autotune:
                 _, log_prob = actor(batches[0].obs)
-                alpha_loss = (-log_alpha[0].exp() * (log_prob.detach() - math.prod(env.action_space.shape))).mean()
-                optimizer_step(alpha_optimizer, grad(alpha_loss, list(log_alpha)))
-                losses["alpha_loss"] = alpha_loss
-            for name, value in solve.items():
-                name = f"cg_{name}" if name in ("residual", "iterations") else name
-                totals[name] = totals.get(name, 0) + value
+                target_entropy = -math.prod(env.action_space.shape)
+                alpha_loss = (-log_alpha[0].exp() * (log_prob.detach() + target_entropy)).mean()
+                optimizer_step(alpha_optimizer, log_alpha, grad(alpha_loss, list(log_alpha)))
+
+            # Log the update
             if global_step % 100 == 0:
-                q1, q2 = critic(batches[0].obs, batches[0].actions)
-                y = td_target(actor, target_critic, batches[0], args.gamma, alpha)
-                losses |= {"qf1_values": q1, "qf2_values": q2, "qf1_loss": (q1 - y) ** 2, "qf2_loss": (q2 - y) ** 2}
-                losses["qf_loss"] = (losses["qf1_loss"] + losses["qf2_loss"]) / 2
-                scalars = {f"losses/{name}": value.mean() for name, value in losses.items()}
-                updates = min(100, global_step - args.learning_starts + 1)
-                scalars |= {f"stackelberg/{name}": total / updates for name, total in totals.items()}
-                scalars |= {"stackelberg/lam": lam} if solve else {}
-                scalars["charts/SPS"] = (global_step - start) / (time.perf_counter() - timer)
+                scalars = update_scalars(f_actor, f_critic, info, lam)
+                scalars["losses/alpha"] = alpha
+                if args.autotune:
+                    scalars["losses/alpha_loss"] = alpha_loss
+                scalars["charts/SPS"] = (global_step - start) / (time.perf_counter() - start_time)
                 for name, value in scalars.items():
                     writer.add_scalar(name, value, global_step)
-                totals = {}
 
+        # Evaluate
         if global_step % args.eval_every == 0:
-            scores = evaluate(actor, eval_env, args.eval_episodes, args.seed, 1, global_step)
-            writer.add_scalar("eval/episodic_return", scores.mean(), global_step)
-            writer.add_scalar("eval/episodic_return_std", scores.std(), global_step)
-            line = f"step {global_step}: eval return {scores.mean():.2f} ± {scores.std():.2f} ({len(scores)} episodes)"
-            tqdm.write(line)
-            print(line, file=log, flush=True)
-        if "episode" in info:
-            writer.add_scalar("charts/episodic_return", info["episode"]["r"], global_step)
-            writer.add_scalar("charts/episodic_length", info["episode"]["l"], global_step)
+            returns = evaluate(actor, eval_env, args.eval_episodes, args.seed, EVAL, global_step)
+            writer.add_scalar("eval/episodic_return", returns.mean(), global_step)
+            writer.add_scalar("eval/episodic_return_std", returns.std(), global_step)
+            mean_and_std = f"{returns.mean():.2f} ± {returns.std():.2f}"
+            tqdm.write(f"step {global_step}: eval return {mean_and_std} ({len(returns)} episodes)")
+            sys.stdout.flush()
+
+        # End the episode
+        if done:
+            writer.add_scalar("charts/episodic_return", episode_return, global_step)
+            writer.add_scalar("charts/episodic_length", episode_length, global_step)
+        last = global_step == args.total_timesteps
+        if done or last:
             episode += 1
-            if global_step - checkpoint_step >= args.checkpoint_every:
-                if not flatten([*actor.parameters(), *critic.parameters()]).isfinite().all():
-                    stop(f"step {global_step}: a parameter is not finite", 1)
-                writer.flush()
-                state = {"args": vars(args), "rng": torch.get_rng_state()}
-                state["cuda_rng"] = torch.cuda.get_rng_state_all() if device.type == "cuda" else []
-                state |= {"global_step": global_step, "episode": episode, "log_size": log.tell(), "totals": totals}
-                save(run_dir / "checkpoint.pt", **state, **{name: part.state_dict() for name, part in parts.items()})
-                checkpoint_step = global_step
-            obs = reset(env, args.seed, 0, episode)
+            obs = reset(env, args.seed, TRAIN, episode)
+            episode_return, episode_length = 0.0, 0
+
+        # Save, between two episodes (a run that is made longer begins with a new one)
+        if last or (done and global_step - checkpoint_step >= args.checkpoint_every):
+            if not flatten([*actor.parameters(), *critic.parameters()]).isfinite().all():
+                stop(f"step {global_step}: a parameter is not finite")
+            writer.flush()
+            state = {name: part.state_dict() for name, part in parts.items()}
+            state |= {"args": vars(args), "global_step": global_step, "episode": episode}
+            state["rng"] = torch.get_rng_state()
+            state["cuda_rng"] = torch.cuda.get_rng_state_all() if device.type == "cuda" else []
+            save(run_dir / "checkpoint.pt", **state)
+            checkpoint_step = global_step
+
+        # Say how far it is: a line a minute where there is no terminal for a progress bar
+        if bar.disable and time.perf_counter() - told_time > 60:
+            speed = (global_step - told_step) / (time.perf_counter() - told_time)
+            left = timedelta(seconds=round((args.total_timesteps - global_step) / speed))
+            print(f"step {global_step} of {args.total_timesteps}, {speed:.0f} steps/s, {left} left", flush=True)
+            told_step, told_time = global_step, time.perf_counter()
+
     if args.save_model:
         save(run_dir / "model.pt", args=vars(args), actor=actor.state_dict(), critic=critic.state_dict())
     writer.close()
     eval_env.close()
-    return run_dir
+
+
+def check_first_batch(nets, batch, alpha, lam, args):
+    """Ends the run in one line if this leader and curvature cannot work with these networks and losses."""
+    if args.leader == "none":
+        return
+    with torch.random.fork_rng():  # the run's own noise stays as it is
+        player_gradients(*nets, batch, alpha, lam, args)
+        if args.leader == "actor" and (args.curvature == "gauss-newton" or args.precondition):
+            actor, critic, target_critic = nets
+            check_gauss_newton(critic, batch, td_target(actor, target_critic, batch, args.gamma, alpha), args)
 
 
 def main():
     """The command line."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal that knows ASCII alone shows "?" for λ and ±
     args = tyro.cli(Args, description=__doc__)
-    if args.resume:  # the defaults are now the run's own flags
-        state = load(Path(args.resume) / "checkpoint.pt", args, "rng")
+    if args.evaluate:
+        check_args(args)
+        return play(args)
+    checkpoint = Path(args.run_dir or "") / "checkpoint.pt"
+    if args.run_dir and checkpoint.exists():  # the run's own flags are the defaults now
+        state = load(checkpoint, args)
         args = tyro.cli(Args, description=__doc__, default=Args(**state["args"]))
     check_args(args)
-    if not args.evaluate:
-        return train(args)
-    state = load(args.evaluate, args, "actor")
-    env = make_env(state["args"]["env_id"], args.capture_video and Path(args.evaluate).parent / "evaluate", 10**9)
-    actor = Actor(env.observation_space, env.action_space, state["args"]["hidden"])
-    actor.load_state_dict(state["actor"])
-    returns = evaluate(actor, env, args.eval_episodes, args.seed, 2)
-    env.close()
-    print(*(f"episode {k}: return {episodic_return:.2f}" for k, episodic_return in enumerate(returns, 1)), sep="\n")
-    print(f"mean return {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes")
+    train(args)
 
 
 if __name__ == "__main__":
