@@ -1,7 +1,8 @@
 """The toy game against the paper's numbers, autograd, stsac.py's Stackelberg gradient, and itself in other words."""
 
-import inspect
+import io
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,10 @@ import stsac
 import toy_game
 
 ROOT = Path(__file__).parent.parent
+C = 0.2  # c of the paper's reward
 POINTS = [(-1.0, 1.0), (-0.3, -0.8), (0.05, 0.4), (0.7, -0.1), (1.3, 0.9)]
 SMALL = {"steps": 60, "sac_updates": 20, "sac_runs": 3, "noisy_steps": 50}
-PNGS = ["figure1", "figure2", "figure4", "figure5", "figure6", "figure7", "theorem2"]
+FIGURES = ["figure1", "figure2", "figure4", "figure5", "figure6", "figure7", "theorem2"]
 
 
 def tensor(x):
@@ -28,37 +30,86 @@ def results():
     return toy_game.simulate_toy(toy_game.Args())
 
 
+@pytest.fixture(scope="module")
+def user(tmp_path_factory):
+    """What a user gets who copies the file to another folder, where stsac.py cannot be imported, and runs it."""
+    folder = tmp_path_factory.mktemp("user")
+    script = folder / "toy_game.py"
+    script.write_bytes((ROOT / "toy_game.py").read_bytes())
+    line = [sys.executable, str(script), "--output-dir", "a/b"]
+    env = {**os.environ, "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run(line, cwd=folder, capture_output=True, timeout=120, env=env)
+    return done.returncode, done.stdout.decode(), done.stderr.decode(), folder / "a/b"
+
+
+def table_rows(text):
+    """The rows of all Markdown tables of a text, as tuples of cells."""
+    rows = []
+    for line in text.replace("−", "-").splitlines():
+        if line.startswith("|"):
+            rows.append(tuple(cell.strip() for cell in line.strip("|").split("|")))
+    return [row for row in rows if set(row[0]) != {"-"}]
+
+
+# The table of the three dynamics
+
+
 @pytest.mark.parametrize(
-    "name, distances, sign_changes, largest, worst",
+    "row",
     [
-        ("individual", ("0.224", "0.162", "0.0733"), 12, "0.745", "-0.0276"),
-        ("Stackelberg", ("0.193", "0.0689", "0.0316"), 0, "-0.0271", "-0.00573"),
-        ("regularized", ("0.106", "0.0691", "0.00778"), 1, "0.108", "-0.00233"),
+        ("individual gradient", "0.224 / 0.162 / 0.0733", "12", "0.745", "-0.0276"),
+        ("Stackelberg, λ = 0", "0.193 / 0.0689 / 0.0316", "0", "-0.0271", "-0.00573"),
+        ("Stackelberg, λ = 0.04", "0.106 / 0.0691 / 0.00778", "1", "0.108", "-0.00233"),
     ],
 )
-def test_table_to_three_digits(results, name, distances, sign_changes, largest, worst):
-    path = results[name][2]
-    got = toy_game.summarize(path, toy_game.Args().reward_scale)
-    assert path.shape == (50_000, 2) and list(got[0]) == [1_000, 10_000, 50_000]
-    assert tuple(f"{d:.3g}" for d in got[0].values()) == distances
-    assert (got[1], f"{got[2]:.3g}", f"{got[3]:.3g}") == (sign_changes, largest, worst)
+def test_table_to_three_digits(results, row, capsys):
+    assert [(r.actor.shape, r.critic.shape) for r in results] == [((50_000,), (50_000,))] * 3
+    toy_game.print_toy(toy_game.Args(), results)
+    assert row in table_rows(capsys.readouterr().out)
+
+
+def test_table_of_known_iterates(capsys):
+    """θ = -1, 2, -3, ..., w = 0: every number of the table can be told."""
+    theta = np.arange(1.0, 2_001) * np.where(np.arange(2_000) % 2, 1, -1)
+    result = toy_game.Result("known", 0.0, toy_game.BLUE, "-", theta, np.zeros(2_000))
+    toy_game.print_toy(toy_game.Args(steps=2_000), [result])
+    header, row = table_rows(capsys.readouterr().out)
+    assert header[1] == "√(θ²+w²) at iterate 1,000 / 2,000"
+    assert row == ("known", "1e+03 / 2e+03", "1999", "2e+03", f"{-C * 2_000**2:.3g}")
+
+
+def test_the_docs_hold_every_table(user):
+    code, out, err, _ = user
+    assert code == 0 and err == ""
+    printed = table_rows(out)
+    assert len(printed) == 4 + 4 + 3 + 7
+    missing = set(printed) - set(table_rows((ROOT / "docs/toy_game.md").read_text(encoding="utf-8")))
+    assert not missing
+    for text in ("No λ makes (0, 0) a differential", "released notebook", "Theorem 2: R(θ) = -0.2(θ - 0.5)²"):
+        assert text in out
+
+
+# The game
 
 
 @pytest.mark.parametrize("peak", [0.0, 0.5])
 @pytest.mark.parametrize("theta, w", POINTS)
 def test_derivatives_are_those_of_J_and_L(theta, w, peak):
-    c, t, v = 0.2, tensor(theta), tensor(w)
-    J, L = toy_game.J(t, v), toy_game.L(t, v, c, peak)
-    grads_J = torch.autograd.grad(J, [t, v])
-    (grad_w,) = torch.autograd.grad(L, v, create_graph=True)
-    second = torch.autograd.grad(grad_w, [t, v])
-    (grad_reward,) = torch.autograd.grad(toy_game.reward(t, c, peak), t)
-    got = [
-        *(toy_game.grad_theta_J(theta, w), toy_game.grad_w_J(theta, w), toy_game.grad_w_L(theta, w, c, peak)),
-        *(toy_game.grad_wtheta_L(theta, w, c, peak), toy_game.hess_w_L(theta, w)),
-        toy_game.grad_reward(theta, c, peak),
-    ]
-    np.testing.assert_allclose(got, [g.item() for g in (*grads_J, grad_w, *second, grad_reward)], rtol=1e-12)
+    t, v = tensor(theta), tensor(w)
+    J, L = toy_game.J(t, v), toy_game.L(t, v, C, peak)
+    dJ_dtheta, dJ_dw = torch.autograd.grad(J, [t, v])
+    (dL_dw,) = torch.autograd.grad(L, v, create_graph=True)
+    dL_dwdtheta, dL_dw2 = torch.autograd.grad(dL_dw, [t, v])
+    (dR_dtheta,) = torch.autograd.grad(toy_game.reward(t, C, peak), t)
+    for got, expected in [
+        (toy_game.grad_theta_J(theta, w), dJ_dtheta),
+        (toy_game.grad_w_J(theta, w), dJ_dw),
+        (toy_game.grad_w_L(theta, w, C, peak), dL_dw),
+        (toy_game.grad_wtheta_L(theta, w, C, peak), dL_dwdtheta),
+        (toy_game.hess_w_L(theta, w), dL_dw2),
+        (toy_game.grad_reward(theta, C, peak), dR_dtheta),
+    ]:
+        assert got == pytest.approx(expected.item(), rel=1e-12)
     # the game of Section 3.2, written out
     assert J.item() == w * theta
     if peak == 0:
@@ -69,82 +120,136 @@ def test_derivatives_are_those_of_J_and_L(theta, w, peak):
 @pytest.mark.parametrize("theta, w", POINTS)
 def test_direction_is_minus_the_stackelberg_gradient_of_stsac(theta, w, lam):
     t, v = tensor(theta), tensor(w)
-    f1, f2 = -toy_game.J(t, v), toy_game.L(t, v, 0.2)
-    (g,), info = stsac.stackelberg_gradient(f1, f2, [t], [v], lam, cg_iters=10, cg_tol=1e-14)
-    assert toy_game.stackelberg_direction(theta, w, lam, 0.2) == pytest.approx(-g.item(), rel=1e-12)
-    assert info["implicit_norm"] > 1e-3 and not info["negative_curvature"]
+    f1, f2 = -toy_game.J(t, v), toy_game.L(t, v, C)
+    (g,), _ = stsac.stackelberg_gradient(f1, f2, [t], [v], lam=lam, cg_iters=10, cg_tol=1e-14)
+    direction = toy_game.stackelberg_direction(theta, w, lam, C)
+    assert direction == pytest.approx(-g.item(), rel=1e-12)
+    assert abs(direction - toy_game.grad_theta_J(theta, w)) > 1e-3
 
 
 def test_total_derivative_is_the_slope_of_the_leaders_objective_along_the_best_response():
-    c, h = 0.2, 1e-6
+    h = 1e-6
     for peak, theta in ((0.0, -0.7), (0.0, 0.3), (0.5, 0.8)):
-        along = [toy_game.J(t, toy_game.reward(t, c, peak) / t) for t in (theta - h, theta + h)]
-        w = toy_game.reward(theta, c, peak) / theta
-        assert toy_game.grad_w_L(theta, w, c, peak) == pytest.approx(0, abs=1e-15)
-        slope = (along[1] - along[0]) / (2 * h)
-        assert toy_game.stackelberg_direction(theta, w, 0.0, c, peak) == pytest.approx(slope, abs=1e-9)
+        below, above = (toy_game.J(t, toy_game.reward(t, C, peak) / t) for t in (theta - h, theta + h))
+        w = toy_game.reward(theta, C, peak) / theta
+        assert toy_game.grad_w_L(theta, w, C, peak) == pytest.approx(0, abs=1e-15)
+        slope = (above - below) / (2 * h)
+        assert toy_game.stackelberg_direction(theta, w, 0.0, C, peak) == pytest.approx(slope, abs=1e-9)
 
 
 def test_lambda_interpolates():
     """Proposition 2; and with λ = 0 the closed form -w - 3cθ, which extends ∇J to θ = 0."""
     for theta, w in POINTS:
-        assert toy_game.stackelberg_direction(theta, w, math.inf, 0.2) == w
-        assert toy_game.stackelberg_direction(theta, w, 1e9, 0.2) == pytest.approx(w, rel=1e-6)
-        assert toy_game.stackelberg_direction(theta, w, 0.0, 0.2) == pytest.approx(-w - 0.6 * theta, rel=1e-12)
-        small = toy_game.stackelberg_direction(theta, w, 1e-9, 0.2)
+        assert toy_game.stackelberg_direction(theta, w, math.inf, C) == w
+        assert toy_game.stackelberg_direction(theta, w, 1e9, C) == pytest.approx(w, rel=1e-6)
+        assert toy_game.stackelberg_direction(theta, w, 0.0, C) == pytest.approx(-w - 0.6 * theta, rel=1e-12)
+        small = toy_game.stackelberg_direction(theta, w, 1e-9, C)
         assert small == pytest.approx(-w - 0.6 * theta, rel=1e-4)
 
 
-def test_simulate_updates_both_players_at_the_same_point():
-    lr_theta, lr_w, e_theta, e_w, lam, c = [0.1, 0.2], [0.3, 0.4], [0.01, -0.02], [0.03, 0.04], 0.04, 0.2
-    path = toy_game.simulate(-1.0, 1.0, lr_theta, lr_w, e_theta, e_w, lam, c)
-    assert path.shape == (3, 2) and tuple(path[0]) == (-1.0, 1.0)
-    for k in range(2):
-        theta, w = path[k]
-        d_theta = toy_game.stackelberg_direction(theta, w, lam, c) + e_theta[k]  # (17)
-        d_w = toy_game.grad_w_L(theta, w, c) + e_w[k]  # (18)
-        np.testing.assert_allclose(path[k + 1], [theta + lr_theta[k] * d_theta, w - lr_w[k] * d_w], rtol=1e-14)
+# The equilibria: the formulas of second_order and of docs/toy_game.md
 
 
-def test_kind_of_equilibrium(results):
-    c, p = 0.2, 0.5
-    eigenvalues = {
-        (math.inf, 0.0): [0, 0],
-        (0.0, 0.0): [-3 * c, 0],
-        (0.04, 0.0): [0, 0],
-        (0.0, p): [-2 * p**2, -2 * c],
-    }
-    for (lam, peak), expected in eigenvalues.items():
-        got = np.sort_complex(np.linalg.eigvals(toy_game.jacobian(peak, 0.0, lam, c, peak)))
-        np.testing.assert_allclose(got, expected, atol=1e-5)
-    # (leader's, follower's) second-order conditions of Definition 1
-    np.testing.assert_allclose(toy_game.second_order(0.0, 0.0, c), (2 * c, 0), atol=1e-8)
-    np.testing.assert_allclose(toy_game.second_order(0.0, 0.04, c), (0, 0.04), atol=1e-8)
-    np.testing.assert_allclose(toy_game.second_order(p, 0.0, c, p), (2 * c, 2 * p**2), atol=1e-8)
-    # rotation at the last iterate: with the individual gradient and λ > 0, not with λ = 0
-    rotates = {}
-    for name, (_, lam, path) in results.items():
-        rotates[name] = bool(np.iscomplex(np.linalg.eigvals(toy_game.jacobian(*path[-1], lam, c))).any())
-    assert rotates == {"individual": True, "Stackelberg": False, "regularized": True}
+def leader_cost(theta, lam, peak):
+    """-J along the best response to L + λ/2 w², which is a Newton step from w = 0, as L is a quadratic in w."""
+    w = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    f2 = toy_game.L(theta, w, C, peak) + lam / 2 * w**2
+    (g,) = torch.autograd.grad(f2, w, create_graph=True)
+    (h,) = torch.autograd.grad(g, w, create_graph=True)
+    return -toy_game.J(theta, -g / h), h
 
 
-def test_regularized_best_response_is_of_fourth_order():
-    """-J along it is 2cθ⁴/(2θ² + λ), the reason why λ > 0 does not make (0, 0) satisfy Definition 1."""
-    c, lam, theta = 0.2, 0.04, 0.3
-    w = torch.tensor(0.0, dtype=torch.float64, requires_grad=True)
-    cost = toy_game.L(theta, w, c) + lam / 2 * w**2  # a quadratic in w: one Newton step
-    (g,) = torch.autograd.grad(cost, w, create_graph=True)
-    (h,) = torch.autograd.grad(g, w)
-    best = -(g / h).item()
-    assert -toy_game.J(theta, best) == pytest.approx(2 * c * theta**4 / (2 * theta**2 + lam), rel=1e-12)
+def eigenvalues(theta, w, lam, peak=0.0):
+    """Of the Jacobian of the dynamics, smallest real part first."""
+    point = torch.tensor([theta, w], dtype=torch.float64)
+    rows = torch.autograd.functional.jacobian(lambda x: toy_game.vector_field(x[0], x[1], lam, C, peak), point)
+    return np.sort_complex(torch.linalg.eigvals(torch.stack(rows)).numpy())
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.04, 2.0])
+@pytest.mark.parametrize("peak", [0.0, 0.5, -0.8])
+def test_second_order_conditions(lam, peak):
+    """Definition 1, by autograd; at θ = 0, where λ = 0 gives 0/0, by its limit."""
+    theta = tensor(peak or 1e-7)
+    cost, follower = leader_cost(theta, lam, peak)
+    expected = 2 * C * theta**2 * (theta - peak) ** 2 / (2 * theta**2 + lam)
+    assert cost.item() == pytest.approx(expected.item(), rel=1e-12, abs=1e-300)
+    leader = torch.autograd.functional.hessian(lambda t: leader_cost(t, lam, peak)[0], theta.detach())
+    np.testing.assert_allclose(toy_game.second_order(lam, C, peak), [leader.item(), follower.item()], atol=1e-10)
+
+
+def test_leader_cost_away_from_the_equilibrium():
+    """2cθ²(θ - p)² / (2θ² + λ), with p = 0 of fourth order, so that λ > 0 does not make (0, 0) satisfy Definition 1."""
+    for lam in (0.0, 0.04):
+        for peak in (0.0, 0.5):
+            cost, _ = leader_cost(tensor(0.3), lam, peak)
+            assert cost.item() == pytest.approx(2 * C * 0.3**2 * (0.3 - peak) ** 2 / (2 * 0.3**2 + lam), rel=1e-12)
+
+
+def test_eigenvalues_at_the_equilibria():
+    for lam in (0.0, 0.04, 2.0):
+        for peak in (0.5, -0.8):
+            leader, _ = toy_game.second_order(lam, C, peak)
+            expected = sorted([-leader, -2 * peak**2])
+            np.testing.assert_allclose(eigenvalues(peak, 0.0, lam, peak), expected, atol=1e-12)
+    np.testing.assert_allclose(eigenvalues(0.5, 0.0, 0.0, 0.5), [-0.5, -0.4], atol=1e-12)
+    np.testing.assert_allclose(eigenvalues(1e-7, 0.0, 0.0), [-0.6, 0], atol=1e-6)
+    np.testing.assert_allclose(eigenvalues(0.0, 0.0, 0.04), [0, 0], atol=1e-12)
+    np.testing.assert_allclose(eigenvalues(0.0, 0.0, math.inf), [0, 0], atol=1e-12)
+
+
+def test_eigenvalues_at_the_last_iterates(results):
+    """Rotation with the individual gradient and with λ > 0, none with λ = 0: the numbers of docs/toy_game.md."""
+    docs = (ROOT / "docs/toy_game.md").read_text(encoding="utf-8").replace("−", "-")
+    for result in results:
+        low, high = eigenvalues(result.actor[-1], result.critic[-1], result.lam)
+        rotates = result.lam != 0
+        assert bool(high.imag) == rotates
+        words = f"{high.real:.4f} ± {high.imag:.4f}i" if rotates else f"{low.real:.4f}, {high.real:.4f}"
+        assert words in docs
 
 
 def test_lyapunov_function_falls():
     """w² + cθ⁴ falls along the dynamics for every λ, so that (0, 0) attracts."""
     theta, w = np.random.default_rng(0).uniform(-1, 1, (2, 10_000))
     for lam in (0.0, 1e-4, 0.04, 1.0, math.inf):
-        d_theta, d_w = toy_game.dynamics(theta, w, lam, 0.2)
-        assert (2 * w * d_w + 4 * 0.2 * theta**3 * d_theta < 0).all()
+        d_theta, d_w = toy_game.vector_field(theta, w, lam, C)
+        assert (2 * w * d_w + 4 * C * theta**3 * d_theta < 0).all()
+
+
+# The updates
+
+
+def test_simulate_updates_both_players_at_the_same_point():
+    alpha_theta, alpha_w, noise_theta, noise_w = [0.1, 0.2], [0.3, 0.4], [0.01, -0.02], [0.03, 0.04]
+    theta, w = toy_game.simulate(-1.0, 1.0, alpha_theta, alpha_w, noise_theta, noise_w, 0.04, C, 0.1)
+    assert theta.shape == w.shape == (3,) and (theta[0], w[0]) == (-1.0, 1.0)
+    for k in range(2):
+        grad_J = toy_game.stackelberg_direction(theta[k], w[k], 0.04, C, 0.1)
+        grad_L = toy_game.grad_w_L(theta[k], w[k], C, 0.1)
+        assert theta[k + 1] == pytest.approx(theta[k] + alpha_theta[k] * (grad_J + noise_theta[k]), rel=1e-14)  # (17)
+        assert w[k + 1] == pytest.approx(w[k] - alpha_w[k] * (grad_L + noise_w[k]), rel=1e-14)  # (18)
+
+
+def test_runs_do_not_mix():
+    rng = np.random.default_rng(0)
+    theta0, w0 = rng.uniform(0.2, 0.8, (2, 4))
+    noise = 0.1 * rng.standard_normal((2, 30, 4))
+    alpha = np.full(30, 0.1)
+    theta, w = toy_game.simulate(theta0, w0, alpha, alpha, noise[0], noise[1], 0.04, C)
+    assert theta.shape == w.shape == (31, 4)
+    for run in range(4):
+        alone = toy_game.simulate(theta0[run], w0[run], alpha, alpha, noise[0, :, run], noise[1, :, run], 0.04, C)
+        np.testing.assert_allclose([theta[:, run], w[:, run]], alone, rtol=1e-12)
+
+
+def test_squared_error():
+    theta, w = np.array([1.0, 2.0]), np.array([3.0, -4.0])
+    np.testing.assert_array_equal(toy_game.squared_error(theta, w), [10, 20])
+    np.testing.assert_array_equal(toy_game.squared_error(theta, w, 2.0), [10, 16])
+
+
+# The SAC version
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.04, math.inf])
@@ -159,107 +264,73 @@ def test_sac_directions_against_stsac(lam):
     if lam == math.inf:
         expected = torch.autograd.grad(f1, [mu, sigma], retain_graph=True)
     else:
-        expected, _ = stsac.stackelberg_gradient(f1, f2, [mu, sigma], [w], lam, cg_iters=10, cg_tol=1e-14)
+        expected, _ = stsac.stackelberg_gradient(f1, f2, [mu, sigma], [w], lam=lam, cg_iters=10, cg_tol=1e-14)
     expected = [-g.item() for g in (*expected, *torch.autograd.grad(f2, [w]))]
     got = toy_game.sac_directions(mu.item(), sigma.item(), w.item(), noise.numpy(), lam, c, eta)
     np.testing.assert_allclose(got, expected, rtol=1e-10)
 
 
 @pytest.mark.parametrize("lam", [0.0, math.inf])
-def test_sampled_field_equals_a_loop(lam):
+def test_arrows_equal_a_loop(lam):
     args = toy_game.Args(samples=3)
-    mu, w = toy_game.grid(n=4)
+    mu, w = np.meshgrid(np.linspace(-1, 1, 4), np.linspace(-1, 1, 4))
     noise = np.random.default_rng(0).standard_normal((3, 7, 4, 4))
-    field = np.array(toy_game.sac_field(mu, w, noise, lam, args))
+    arrows = np.array(toy_game.sac_vector_field(mu, w, noise, lam, args))
     for i, j in ((0, 0), (1, 3), (3, 2)):
-        draws = [
-            toy_game.sac_directions(mu[i, j], args.sigma0, w[i, j], noise[:, draw, i, j], lam, 1.0, args.eta)
-            for draw in range(7)
-        ]
-        np.testing.assert_allclose(field[:, i, j], np.mean(draws, axis=0)[[0, 2]], rtol=1e-12)
+        steps = []
+        for draw in range(7):
+            steps.append(toy_game.sac_directions(mu[i, j], 1.0, w[i, j], noise[:, draw, i, j], lam, 1.0, args.eta))
+        np.testing.assert_allclose(arrows[:, i, j], np.mean(steps, axis=0)[[0, 2]], rtol=1e-12)
 
 
-def test_sampled_field_has_the_right_mean():
+def test_arrows_have_the_right_mean():
     """The individual gradients are unbiased: against quadrature, within five standard errors."""
     args, lam, mu, w, draws = toy_game.Args(), math.inf, np.array(0.4), np.array(-0.5), 20_000
     noise = np.random.default_rng(0).standard_normal((args.samples, draws))
     nodes, weights = np.polynomial.hermite_e.hermegauss(80)
+    weights = weights / weights.sum()
     a = np.tanh(mu + args.sigma0 * nodes)
-    mean = lambda x: (weights * x).sum() / weights.sum()  # noqa: E731
-    exact = mean(w * (1 - a**2) - 2 * args.eta * a), -mean(2 * a * (w * a + a**2))
+    exact_mu = weights @ (w * (1 - a**2) - 2 * args.eta * a)
+    exact_w = weights @ (-2 * a * (w * a + a**2))
     each = toy_game.sac_directions(mu, args.sigma0, w, noise, lam, args.sac_reward_scale, args.eta)
-    for got, want, sample in zip(toy_game.sac_field(mu, w, noise, lam, args), exact, (each[0], each[2])):
-        assert abs(got - want) < 5 * sample.std() / math.sqrt(draws)
-        assert abs(want) > 20 * sample.std() / math.sqrt(draws)  # so that a wrong sign or factor would show
+    arrows = toy_game.sac_vector_field(mu, w, noise, lam, args)
+    for got, exact, sample in zip(arrows, (exact_mu, exact_w), (each[0], each[2])):
+        standard_error = sample.std() / math.sqrt(draws)
+        assert abs(got - exact) < 5 * standard_error
+        assert abs(exact) > 20 * standard_error  # so that a wrong sign or factor would show
+
+
+def test_simulate_sac_steps_every_parameter():
+    args = toy_game.Args(sac_lr=0.1, sac_reward_scale=0.7, eta=0.3, theta0=-0.5, sigma0=0.8, w0=0.6)
+    noise = np.random.default_rng(0).standard_normal((2, 3, 4))
+    path = np.array(toy_game.simulate_sac(args, noise, 0.04))
+    assert path.shape == (3, 3, 4)  # (μ, σ, w), updates + 1, runs
+    np.testing.assert_array_equal(path[:, 0, 1], [-0.5, 0.8, 0.6])
+    for k in range(2):
+        step = np.array(toy_game.sac_directions(*path[:, k], noise[k], 0.04, 0.7, 0.3))
+        np.testing.assert_allclose(path[:, k + 1], path[:, k] + 0.1 * step, rtol=1e-14)
 
 
 def test_sac_dynamics_come_close_and_stay():
     args, rng = toy_game.Args(), np.random.default_rng(1)
     noise = rng.standard_normal((args.sac_updates, args.samples, args.sac_runs))
     for lam in (math.inf, 0.0):
-        path = toy_game.simulate_sac(args, noise, lam)
-        distance = np.hypot(path[:, 0], path[:, 2])
-        np.testing.assert_allclose(toy_game.error(path), distance**2, rtol=1e-12)  # of (μ, σ, w), without σ
-        assert path.shape == (2_001, 3, 20)
-        assert 300 < np.median((distance < 0.1).argmax(0)) < 700 and (distance < 0.1).any(0).all()
-        assert distance[1_000:].max() < 0.2 and (path[:, 1] > 0).all()
+        mu, sigma, w = toy_game.simulate_sac(args, noise, lam)
+        distance = np.hypot(mu, w)
+        assert mu.shape == (2_001, 20)
+        first = (distance < 0.1).argmax(0)
+        assert 300 < np.median(first) < 700 and (distance < 0.1).any(0).all()
+        assert distance[1_000:].max() < 0.2 and (sigma > 0).all()
+        updates, median, largest, last_sigma = toy_game.sac_columns(mu, sigma, w)
+        assert updates == f"{np.median(first):.0f} ({first.min()} to {first.max()})"
+        assert median == f"{np.median(distance[1_000:]):.3g}" and largest == f"{distance[1_000:].max():.3g}"
+        assert last_sigma == f"{np.median(sigma[-1]):.3g}"
 
 
-def test_theorem_2_converges_in_every_run(tmp_path):
-    args = toy_game.Args(output_dir=str(tmp_path), noisy_steps=20_000)
-    distance = toy_game.theorem2(args)
-    assert distance.shape == (20_000, 10)
-    early, late = distance[100:200], distance[-2_000:]
-    assert distance.max() < 0.2 and late.max() < 0.02 and np.median(late) < np.median(early) / 5
-    # without noise what is left is the start, which is forgotten monotonically
-    still = toy_game.theorem2(toy_game.Args(output_dir=str(tmp_path), noisy_steps=20_000, noise=0.0))
-    assert still[-1].max() < 1e-3 and (np.diff(still[1_000:], axis=0) < 0).all()
-
-
-def test_stop_is_the_same_as_in_stsac():
-    assert inspect.getsource(toy_game.stop) == inspect.getsource(stsac.stop)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        *({"theta0": 0.0}, {"peak": 0.0}, {"lam": 0.0}, {"lam": math.nan}, {"theta_lr": -1.0}, {"seed": -1}),
-        *({"steps": 0}, {"samples": 0}, {"w_decay": 0.5}, {"theta_decay": 1.1}, {"w_decay": 0.95}, {"w0": math.inf}),
-    ],
-)
-def test_bad_input_is_one_line_and_code_2(change, capsys, tmp_path):
-    folder = tmp_path / "new"
-    with pytest.raises(SystemExit) as e:
-        toy_game.main(toy_game.Args(output_dir=str(folder), **change))
-    out, err = capsys.readouterr()
-    assert e.value.code == 2 and err.count("\n") == 1 and "error: " in err and not out and not folder.exists()
-
-
-def test_runs_that_go_wrong_say_so_in_one_line(capsys, tmp_path):
-    for run, change in (
-        (toy_game.simulate_toy, {"theta_lr": 50.0, "w_lr": 50.0}),
-        (toy_game.sac, {"sac_lr": 1e200}),
-        (toy_game.simulate_toy, {"theta_lr": 1.0, "w0": -0.25, "reward_scale": 0.25}),  # the first step is to θ = 0
-    ):
-        with pytest.raises(SystemExit) as e, np.errstate(all="ignore"):
-            run(toy_game.Args(**{**SMALL, "output_dir": str(tmp_path), **change}))
-        assert e.value.code == 1 and capsys.readouterr().err.count("\n") == 1
-
-
-def test_command_line_draws_all_figures(tmp_path):
-    """As a user runs it, from another folder, where stsac.py cannot be imported."""
-    script = tmp_path / "toy_game.py"
-    script.write_bytes((ROOT / "toy_game.py").read_bytes())
-    flags = [part for name, value in SMALL.items() for part in ("--" + name.replace("_", "-"), str(value))]
-    line = [sys.executable, str(script), "--output-dir", "a/b", *flags]
-    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and not done.stderr
-    assert sorted(p.name for p in (tmp_path / "a/b").iterdir()) == sorted(f"{name}.png" for name in PNGS)
-    for name in PNGS:
-        png = (tmp_path / f"a/b/{name}.png").read_bytes()
-        assert png.startswith(b"\x89PNG") and len(png) > 5_000
-    for expected in ("√(θ²+w²)", "Definition 1", "released notebook", "Theorem 2"):
-        assert expected in done.stdout
+def test_runs_that_do_not_come_close_say_inf():
+    far, near = np.ones((5, 1)), np.array([[1.0], [1.0], [0.0], [1.0], [0.0]])
+    updates, *_ = toy_game.sac_columns(np.hstack([near, near, far]), np.ones((5, 3)), np.zeros((5, 3)))
+    assert updates == "2 (2 to inf)"
 
 
 def test_the_same_seed_draws_the_same(tmp_path, capsys):
@@ -268,3 +339,162 @@ def test_the_same_seed_draws_the_same(tmp_path, capsys):
         toy_game.sac(toy_game.Args(output_dir=str(tmp_path), seed=seed, **SMALL))
         outputs.append((capsys.readouterr().out, (tmp_path / "figure2.png").read_bytes()))
     assert outputs[0] == outputs[1] and outputs[0][0] != outputs[2][0] and outputs[0][1] != outputs[2][1]
+
+
+# Theorem 2
+
+
+def test_step_sizes_of_assumption_1():
+    alpha_theta, alpha_w = toy_game.step_sizes(toy_game.Args(noisy_steps=1_001))
+    assert alpha_theta.shape == alpha_w.shape == (1_000,)
+    np.testing.assert_allclose(alpha_theta[[0, 990]], [10**-0.9, 1_000**-0.9])
+    np.testing.assert_allclose(alpha_w[[0, 990]], [10**-0.6, 1_000**-0.6])
+
+
+def test_theorem_2_converges_in_every_run():
+    args = toy_game.Args(noisy_steps=20_000)
+    theta, w = toy_game.simulate_theorem2(args)
+    distance = np.hypot(theta - args.peak, w)
+    assert distance.shape == (20_000, 10)
+    np.testing.assert_allclose(distance[0], 0.2 * args.peak)
+    early, late = distance[100:200], distance[-2_000:]
+    assert distance.max() < 0.2 and late.max() < 0.02 and np.median(late) < np.median(early) / 5
+    # without noise what is left is the start, which is forgotten monotonically
+    theta, w = toy_game.simulate_theorem2(toy_game.Args(noisy_steps=20_000, noise=0.0))
+    still = np.hypot(theta - args.peak, w)
+    assert still[-1].max() < 1e-3 and (np.diff(still[1_000:], axis=0) < 0).all()
+
+
+def test_noise_has_its_standard_deviation_in_every_run():
+    """One update from known points: what is not the gradient is noise."""
+    args = toy_game.Args(noisy_steps=2, noise=0.3)
+    theta, w = toy_game.simulate_theorem2(args, runs=4_000)
+    grad_J = toy_game.stackelberg_direction(theta[0], w[0], 0.0, C, args.peak)
+    grad_L = toy_game.grad_w_L(theta[0], w[0], C, args.peak)
+    noise_theta = (theta[1] - theta[0]) / 10**-0.9 - grad_J
+    noise_w = (w[0] - w[1]) / 10**-0.6 - grad_L
+    np.testing.assert_allclose([noise_theta.std(), noise_w.std()], 0.3, rtol=0.05)
+    assert abs(np.corrcoef(noise_theta, noise_w)[0, 1]) < 0.08
+
+
+# Figures
+
+
+def test_all_figures_are_written(user):
+    folder = user[-1]
+    assert sorted(path.name for path in folder.iterdir()) == [f"{name}.png" for name in FIGURES]
+    for path in folder.iterdir():
+        png = path.read_bytes()
+        assert png.startswith(b"\x89PNG") and len(png) > 5_000
+        # the docs show figures of this size
+        assert (ROOT / "docs/toy_game" / path.name).read_bytes()[16:24] == png[16:24]
+
+
+def test_what_figures_show(results, monkeypatch):
+    figures = {}
+    monkeypatch.setattr(toy_game, "save_figure", lambda figure, args, name: figures.update({name: figure}))
+    args = toy_game.Args(**{**SMALL, "steps": 50_000})
+    toy_game.draw_toy(args, results)
+    toy_game.sac(args)
+    toy_game.theorem2(args)
+    titles = {name: [ax.get_title() for ax in figure.axes] for name, figure in figures.items()}
+    dynamics = ["individual gradient", "Stackelberg, λ = 0", "Stackelberg, λ = 0.04"]
+    planes = [f"({letter}) {label}" for letter, label in zip("abc", dynamics)]
+    assert titles == {
+        "figure1": [*planes[:2], "(c) error"],
+        "figure2": ["(a) SAC", "(b) STSAC-AL, λ = 0"],
+        "figure4": planes,
+        "figure5": ["(a) error", "(b) return"],
+        "figure6": ["(a) SAC", "(b) STSAC-AL, λ = 0"],
+        "figure7": ["(a) error", "(b) return"],
+        "theorem2": ["(a) noisy iterates", "(b) error"],
+    }
+    theta, w = toy_game.grid()
+    assert (theta != 0).all()
+    for ax, result in zip(figures["figure4"].axes, results):
+        d_theta, d_w = toy_game.vector_field(theta, w, result.lam, C)
+        (arrows,) = ax.collections
+        np.testing.assert_allclose(np.arctan2(arrows.V, arrows.U), np.arctan2(d_w, d_theta).ravel(), atol=1e-12)
+        np.testing.assert_allclose(np.hypot(arrows.U, arrows.V), 1)
+        np.testing.assert_array_equal(ax.lines[0].get_xydata(), np.stack([result.actor, result.critic], axis=1))
+    errors, returns = figures["figure5"].axes
+    for curve, return_curve, result in zip(errors.lines, returns.lines, results):
+        iterate, error = curve.get_xydata().T
+        k = iterate.astype(int) - 1
+        assert (k[0], k[-1]) == (0, 49_999) and curve.get_label() == result.label
+        np.testing.assert_allclose(error, result.actor[k] ** 2 + result.critic[k] ** 2)
+        np.testing.assert_allclose(return_curve.get_ydata(), -C * result.actor[k] ** 2)
+    # one run in Figure 2, all in Figure 6; beside them the start and the equilibrium
+    assert [len(figures[name].axes[0].lines) - 2 for name in ("figure2", "figure6")] == [1, args.sac_runs]
+
+
+# The command line
+
+
+@pytest.mark.parametrize(
+    "flag, value",
+    [
+        *[("--theta0", "0"), ("--peak", "0"), ("--lam", "0"), ("--steps", "0"), ("--samples", "0"), ("--sigma0", "0")],
+        *[("--lam", "nan"), ("--lam", "inf"), ("--w0", "-inf"), ("--eta", "nan"), ("--sac-lr", "1e300")],
+        *[("--theta-lr", "-1"), ("--eta", "-0.1"), ("--noise", "-1"), ("--reward-scale", "-0.2"), ("--sac-runs", "-2")],
+        *[("--seed", "-1"), ("--seed", "2147483648"), ("--seed", "9" * 30), ("--noisy-steps", "1" + "0" * 400)],
+        *[("--w-decay", "0.5"), ("--theta-decay", "1.1"), ("--w-decay", "0.95"), ("--theta-decay", "0.55")],
+    ],
+)
+def test_a_wrong_value_is_refused_before_anything_is_made(flag, value, capsys, tmp_path, monkeypatch):
+    folder = tmp_path / "new"
+    monkeypatch.setattr(sys, "argv", ["toy_game.py", "--output-dir", str(folder), f"{flag}={value}"])
+    with pytest.raises(SystemExit) as e:
+        toy_game.main()
+    message = e.value.code  # a text, which Python prints on stderr before it ends with code 1
+    assert message.startswith("toy_game.py: error: ") and flag in message and "\n" not in message
+    assert capsys.readouterr() == ("", "") and not folder.exists()
+
+
+def test_edge_values_are_accepted():
+    toy_game.check_args(toy_game.Args(seed=0, w0=0.0, eta=0.0, noise=0.0, steps=1, theta_decay=1.0))
+    toy_game.check_args(toy_game.Args(seed=2**31 - 1, theta0=-2.0, w0=-1.0, peak=-0.5))
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for folder in ("file", "file/folder"):
+        monkeypatch.setattr(sys, "argv", ["toy_game.py", "--output-dir", str(tmp_path / folder)])
+        with pytest.raises(SystemExit) as e:
+            toy_game.main()
+        assert e.value.code.startswith("toy_game.py: error: --output-dir: ") and "\n" not in e.value.code
+
+
+def test_runs_that_go_wrong_say_so_in_one_line(capsys):
+    for run, change in (
+        (toy_game.simulate_toy, {"theta_lr": 50.0, "w_lr": 50.0}),
+        (toy_game.sac, {"sac_lr": 1e200}),
+        (toy_game.simulate_theorem2, {"noise": 1e200}),
+        (toy_game.simulate_toy, {"theta_lr": 1.0, "w0": -0.25, "reward_scale": 0.25}),  # the first step is to θ = 0
+    ):
+        with pytest.raises(SystemExit) as e, np.errstate(all="ignore"):
+            run(toy_game.Args(**{**SMALL, **change}))
+        assert e.value.code.startswith("toy_game.py: error: with λ = ") and "\n" not in e.value.code
+
+
+def test_a_run_that_goes_wrong_at_the_command_line(tmp_path):
+    """With a terminal that knows ASCII alone, too: one line, without numpy's warnings and without a traceback."""
+    line = [sys.executable, str(ROOT / "toy_game.py"), "--theta-lr", "50", "--w-lr", "50", "--steps", "60"]
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, timeout=120, env=env)
+    assert done.returncode == 1 and done.stdout == b""
+    assert done.stderr.startswith(b"toy_game.py: error: with ? = inf") and done.stderr.count(b"\n") == 1
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_help_says_what_the_comments_say(encoding, monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "argv", ["toy_game.py", "--help"])
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as e:
+        toy_game.main()
+    stream.flush()
+    text = stream.buffer.getvalue().decode(encoding)
+    assert not e.value.code and "--sac-reward-scale FLOAT" in text
+    assert ("θ_0, where the actor starts" if encoding == "utf-8" else "?_0, where the actor starts") in text
