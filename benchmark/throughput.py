@@ -1,191 +1,234 @@
-"""Environment steps per second of training, side by side on one machine.
+"""Updates per second of stddpg.py and stsac.py, side by side on one machine.
 
-    python benchmark/throughput.py runs/Walker2d-v4__stddpg-al__1__1700000000 runs/Walker2d-v4__stsac-al__1__1700000001
-    python benchmark/throughput.py RUN... --sb3      # with Stable-Baselines3's DDPG and SAC: pip install -e ".[sb3]"
-    python benchmark/throughput.py RUN --against OLD_CHECKOUT --against-run OLD_RUN     # two versions of a script
+    python benchmark/throughput.py runs/sac/checkpoint.pt                   # leaders, curvatures, eager and compiled
+    python benchmark/throughput.py runs/sac/checkpoint.pt --cuda --sb3      # on a GPU, beside Stable-Baselines3
+    python benchmark/throughput.py NEW/checkpoint.pt --against OLD_CHECKOUT --against-checkpoint OLD/checkpoint.pt
 
-A run is a folder with a checkpoint, because what a Stackelberg update costs depends on the state of training (early
-on, conjugate gradient needs fewer iterations). From this one checkpoint every contestant carries on with `train` of the
-run's script: leaders, curvatures, eager and compiled. The contestants take turns of `--steps` environment steps, each
-with one update, in one process on one thread, because a machine's speed drifts. The first round is not counted. The
-table has medians and ranges over the rounds; a ratio is the median of the ratios within a round.
+What a Stackelberg update costs depends on the state of training, so every contestant starts from one checkpoint and
+draws its batches from the replay buffer in it. An update is what `train` does at a step: it draws a batch, calls
+`stackelberg_update` and looks at the losses. The contestants take turns, because a machine's speed drifts; the first
+round is not counted. The table has medians and ranges over the rounds; a ratio is the median of the rounds' ratios.
 """
 
 import importlib.util
 import sys
-import tempfile
-import threading
 import time
-import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import gymnasium as gym
 import numpy as np
 import torch
 import tyro
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass
 class Args:
-    runs: tyro.conf.Positional[tuple[Path, ...]]
-    """folders of runs of stddpg.py or stsac.py with a checkpoint"""
-    steps: int = 500
-    """environment steps of one turn"""
-    rounds: int = 5
-    """turns of each contestant"""
-    compile: bool = True
-    """with the compiled contestants"""
-    sb3: bool = False
-    """with Stable-Baselines3's DDPG and SAC, the same batch, networks and rates"""
-    against: Path | None = None
-    """a folder with another version of the scripts, whose contestants take turns with these"""
-    against_run: Path | None = None
-    """a run of that version, best with the same state of training as RUN"""
+    checkpoints: tyro.conf.Positional[tuple[Path, ...]]  # of runs of stddpg.py or stsac.py
+    updates: int = 200  # updates of one turn
+    rounds: int = 5  # turns of each contestant
+    batch_size: int = 100  # samples of a batch
+    cuda: bool = False  # on a GPU
+    eager: bool = True  # with the contestants that are not compiled
+    compile: bool = True  # with the compiled contestants
+    cuda_graphs: bool = False  # with the compiled contestants once more, captured in CUDA graphs by the compiler
+    sb3: bool = False  # with Stable-Baselines3's DDPG and SAC: the same networks and batch
+    only: tuple[str, ...] = ()  # contestants by name (default: all)
+    profile: Path | None = None  # a file for a profile of one update of each contestant
+    against: Path | None = None  # a folder with another version of the scripts, which takes turns with these
+    against_checkpoint: Path | None = None  # a checkpoint of that version (default: the first one)
 
 
-GAUSS_NEWTON = {"leader": "actor", "curvature": "gauss-newton"}
-HESSIAN = {"leader": "actor", "curvature": "hessian"}
-CONTESTANTS = [  # what the table says, and the flags; a compiled solve takes all of its iterations
-    ("none", "", False, {"leader": "none"}),
-    ("actor", "Gauss-Newton", False, GAUSS_NEWTON),
-    ("actor", "Hessian, preconditioned", False, HESSIAN),
-    ("actor", "Hessian, preconditioned, --cg-tol 0.01", False, HESSIAN | {"cg_tol": 1e-2}),
-    ("actor", "Hessian, the paper's plain CG", False, HESSIAN | {"precondition": False}),
-    ("critic", "Hessian", False, {"leader": "critic"}),
-    ("none", "", True, {"leader": "none"}),
-    ("actor", "Gauss-Newton", True, GAUSS_NEWTON),
-    ("actor", "Hessian, preconditioned, --cg-iters 2", True, HESSIAN | {"cg_iters": 2}),
-    ("critic", "Hessian, --cg-iters 2", True, {"leader": "critic", "cg_iters": 2}),
-]
+# name, flags of an eager and of a compiled contestant (a compiled solve takes all of its iterations)
+CONTESTANTS = {
+    "none": ({"leader": "none"}, {}),
+    "actor, Gauss-Newton": ({"leader": "actor", "curvature": "gauss-newton"}, {}),
+    "actor, Hessian, preconditioned": ({"leader": "actor", "curvature": "hessian"}, {"cg_iters": 2}),
+    "actor, Hessian, plain, 10 products": (
+        {"leader": "actor", "curvature": "hessian", "precondition": False, "cg_tol": 0.0},
+        {},
+    ),
+    "critic": ({"leader": "critic"}, {"cg_iters": 2}),
+}
+
+
+class Contestant(NamedTuple):
+    script: str
+    name: str
+    mode: str  # eager, compiled, CUDA graphs
+    update: object  # a function without arguments that returns the number of iterations
 
 
 def load_script(name, folder):
-    """The script `name` in a folder, as a module of its own."""
-    spec = importlib.util.spec_from_file_location(f"{name} in {folder}", Path(folder) / f"{name}.py")
-    sys.modules[spec.name] = script = importlib.util.module_from_spec(spec)
+    """The script `name` of a folder, as a module of its own."""
+    spec = importlib.util.spec_from_file_location(f"{name} in {folder}", folder / f"{name}.py")
+    script = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = script
     spec.loader.exec_module(script)
     return script
 
 
-class Training(threading.Thread):
-    """Training that is carried on from a checkpoint, `steps` steps at a time, on its own thread."""
+def training_update(script, state, flags, mode, args):
+    """One update of a run that is carried on from the checkpoint `state`, as a function."""
+    known = {name: value for name, value in state["args"].items() if name in script.Args.__dataclass_fields__}
+    run_args = replace(script.Args(**known), batch_size=args.batch_size, **flags)
+    device = torch.device("cuda" if args.cuda else "cpu")
+    env = gym.wrappers.FlattenObservation(gym.make(run_args.env_id))
+    spaces = env.observation_space, env.action_space
+    nets = []
+    for name in ("actor", "critic", "target_actor", "target_critic"):
+        if name in state:
+            net = (script.Actor if "actor" in name else script.Critic)(*spaces, run_args.hidden).to(device)
+            net.load_state_dict(state[name], strict=False)
+            nets.append(net.requires_grad_("target" not in name))
+    optimizers = [torch.optim.Adam(net.parameters(), lr=1e-3, fused=True) for net in nets[:2]]
+    buffer = script.ReplayBuffer(state["buffer"]["count"], *spaces, device)
+    buffer.load_state_dict(state["buffer"])
 
-    def __init__(self, run, folder, flags, steps, scripts):
-        super().__init__(daemon=True)
-        self.run_folder = run
-        state = torch.load(run / "checkpoint.pt", weights_only=True)
-        never = {"total_timesteps": 10**9, "eval_every": 10**9, "checkpoint_every": 10**9, "save_model": False}
-        defaults = {"curvature": "hessian", "precondition": True, "cg_iters": 10, "cg_tol": 1e-3}
-        self.script = load_script(state["algorithm"], scripts)
-        state["args"] |= defaults | flags | never
-        torch.save(state, folder / "checkpoint.pt")
-        self.args = self.script.Args(**state["args"] | {"resume": str(folder)})
-        self.steps, self.count, self.iterations = steps, 0, []
-        self.go, self.done = threading.Event(), threading.Event()
-        self.update = self.script.stackelberg_update
+    gradients = script.player_gradients
+    if mode != "eager":
+        torch._dynamo.config.trace_autograd_ops = True
+        options = {"fallback_random": True, "triton.cudagraphs": mode == "CUDA graphs"}
+        gradients = torch.compile(gradients, fullgraph=True, options=options)
+    lam = torch.full((), 500.0, device=device)
+    coefficients = (torch.full((), 0.2, device=device), lam) if script.ALGORITHM == "stsac" else (lam,)
 
-    def run(self):
-        self.go.wait()
-        self.script.train(self.args)
-
-    def counted_update(self, *inputs):
-        """One update; at a turn's end the others have theirs first."""
-        if self.count and self.count % self.steps == 0:
-            self.go.clear()
-            self.done.set()
-            self.go.wait()
-        self.count += 1
-        result = self.update(*inputs)
-        self.iterations.append(float(result[2].get("iterations", np.nan)))
-        return result
-
-    def turn(self):
-        """Steps per second, and the mean number of conjugate gradient iterations."""
-        self.script.stackelberg_update = self.counted_update
-        self.iterations = []
-        start = time.perf_counter()
-        self.done.clear()
-        self.go.set()
-        if not self.is_alive():
-            self.start()
-        while not self.done.wait(1):
-            if not self.is_alive():
-                raise SystemExit(f"{self.args.resume} has stopped")
-        return self.steps / (time.perf_counter() - start), np.mean(self.iterations)
-
-
-class StableBaselines:
-    """Stable-Baselines3's plain algorithm with the same batch, networks and learning rates."""
-
-    def __init__(self, algorithm, env_id, steps):
-        import stable_baselines3
-
-        same = {"learning_rate": 1e-3, "batch_size": 100, "learning_starts": 100, "train_freq": 1, "gradient_steps": 1}
-        if algorithm == "SAC":
-            same["ent_coef"] = 0.2
-        kwargs = {"net_arch": [256, 256]}
-        self.model = getattr(stable_baselines3, algorithm)(
-            "MlpPolicy", gym.make(env_id), policy_kwargs=kwargs, device="cpu", seed=1, **same
+    def update():
+        batches = [buffer.sample(args.batch_size)]
+        f_actor, f_critic, info = script.stackelberg_update(
+            nets, optimizers, batches, *coefficients, run_args, gradients
         )
-        self.steps = steps
+        if not (f_actor + f_critic).isfinite():  # `train` looks as well, so a GPU waits here
+            raise SystemExit("throughput.py: error: a loss is not finite")
+        return info.get("iterations", torch.tensor(torch.nan))
 
-    def turn(self):
-        start = time.perf_counter()
-        self.model.learn(self.steps, reset_num_timesteps=False)
-        return self.steps / (time.perf_counter() - start), np.nan
+    return update
+
+
+def stable_baselines_update(state, args):
+    """One update of Stable-Baselines3's plain algorithm, with the same networks, batch and transitions."""
+    import stable_baselines3
+
+    name = {"stsac": "SAC", "stddpg": "DDPG"}[state["algorithm"]]
+    flags = {"ent_coef": 0.2} if name == "SAC" else {}
+    model = getattr(stable_baselines3, name)(
+        "MlpPolicy",
+        state["args"]["env_id"],
+        learning_rate=1e-3,
+        batch_size=args.batch_size,
+        buffer_size=state["buffer"]["count"],
+        policy_kwargs={"net_arch": list(state["args"]["hidden"])},
+        device="cuda" if args.cuda else "cpu",
+        seed=1,
+        **flags,
+    )
+    model.set_logger(stable_baselines3.common.logger.configure(None, []))
+    for obs, action, reward, next_obs, terminated in zip(*(column.numpy() for column in state["buffer"]["data"])):
+        model.replay_buffer.add(obs, next_obs, action, reward, terminated, [{}])
+
+    def update():
+        model.train(gradient_steps=1, batch_size=args.batch_size)
+        return torch.tensor(torch.nan)
+
+    return update
+
+
+def contestants(args):
+    """All that take turns."""
+    modes = ["eager"] * args.eager + ["compiled"] * args.compile + ["CUDA graphs"] * args.cuda_graphs
+    versions = [(path, "", ROOT) for path in args.checkpoints]
+    if args.against is not None:
+        path = args.against_checkpoint or args.checkpoints[0]
+        versions.append((path, " before", args.against.resolve()))
+    found = []
+    for mode in modes:
+        for name, (flags, compiled_flags) in CONTESTANTS.items():
+            for path, version, folder in versions:  # two versions of one contestant one after the other
+                if args.only and name not in args.only:
+                    continue
+                state = torch.load(path, weights_only=True)
+                script = load_script(state["algorithm"], folder)
+                flags_of_mode = flags if mode == "eager" else flags | compiled_flags
+                update = training_update(script, state, flags_of_mode, mode, args)
+                found.append(Contestant(state["algorithm"] + version, name, mode, update))
+    for path in args.checkpoints if args.sb3 else ():
+        state = torch.load(path, weights_only=True)
+        found.append(Contestant(state["algorithm"], "Stable-Baselines3", "eager", stable_baselines_update(state, args)))
+    return found
+
+
+def turn(contestant, args):
+    """Updates per second, and the mean number of conjugate gradient iterations."""
+    iterations = []
+    start = time.perf_counter()
+    for _ in range(args.updates):
+        iterations.append(contestant.update())
+    if args.cuda:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    return args.updates / seconds, torch.stack(iterations).double().mean().item()
+
+
+def print_table(found, speed, iterations, args):
+    """A row for each contestant; ratios are to `none` of the same script and mode, and before a change."""
+    row = {(contestant.script, contestant.name, contestant.mode): i for i, contestant in enumerate(found)}
+    print(f"| script | leader, curvature | mode | updates/s: median (range over {args.rounds}) ", end="")
+    print("| ratio to none | ratio to before | CG iterations |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for i, (script, name, mode, _) in enumerate(found):
+        cells = [script, name, mode]
+        cells.append(f"{np.median(speed[:, i]):.0f} ({speed[:, i].min():.0f} to {speed[:, i].max():.0f})")
+        for other in ((script, "none", mode), (f"{script} before", name, mode)):
+            ratios = speed[:, i] / speed[:, row[other]] if other in row else None
+            cells.append(
+                "" if ratios is None else f"{np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})"
+            )
+        mean = iterations[:, i].mean()
+        cells.append("" if np.isnan(mean) else f"{mean:.1f}")
+        print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def print_profiles(found, args):
+    """What one update of each contestant does: calls, time on the CPU and on the device."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if args.cuda:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with open(args.profile, "w") as file:
+        for contestant in found:
+            with torch.profiler.profile(activities=activities) as profiler:
+                contestant.update()
+            table = profiler.key_averages().table(
+                sort_by="self_cuda_time_total" if args.cuda else "self_cpu_time_total", row_limit=15
+            )
+            print(f"# {contestant.script}, {contestant.name}, {contestant.mode}\n{table}", file=file)
 
 
 def main():
     args = tyro.cli(Args, description=__doc__)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    if args.cuda and not torch.cuda.is_available():
+        raise SystemExit("throughput.py: error: --cuda needs a GPU")
     torch.set_num_threads(1)
-    contestants, labels = [], []
-    with tempfile.TemporaryDirectory() as folder:
-        versions = [(run, "", Path(__file__).parent.parent) for run in args.runs]
-        if args.against:
-            versions.append((args.against_run, "before", args.against))
-        for leader, curvature, compiled, flags in CONTESTANTS:
-            for run, version, scripts in versions:  # two versions of one contestant, one after the other
-                if compiled and not args.compile:
-                    continue
-                copy = Path(folder) / str(len(contestants))
-                copy.mkdir()
-                contestants.append(Training(run, copy, flags | {"compile": compiled}, args.steps, scripts))
-                script = Path(contestants[-1].script.__file__).stem
-                labels.append((f"{script} {version}".strip(), leader, curvature, compiled))
-        for run in args.runs if args.sb3 else ():
-            mine = next(contestant for contestant in contestants if contestant.run_folder == run)
-            algorithm = mine.script.ALGORITHM.removeprefix("st").upper()
-            contestants.append(StableBaselines(algorithm, mine.args.env_id, args.steps))
-            labels.append((mine.script.ALGORITHM, "none", f"Stable-Baselines3's {algorithm}", False))
-        results = []
-        for k in range(args.rounds + 1):
-            results.append([contestant.turn() for contestant in contestants])
-            print(f"round {k} of {args.rounds}", file=sys.stderr)
-    speed, iterations = np.array(results[1:]).transpose(2, 0, 1)
-    reference = {label: i for i, label in enumerate(labels)}
-    print(f"| script | leader | curvature | compiled | steps/s: median (range over {args.rounds}) ", end="")
-    print("| ratio to `none` | to compiled `none` | CG iterations |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    for i, (script, leader, curvature, compiled) in enumerate(labels):
-        median = f"{np.median(speed[:, i]):.0f} ({speed[:, i].min():.0f} to {speed[:, i].max():.0f})"
-        plain, compiled_plain = (reference.get((script, "none", "", c)) for c in (False, True))
-        ratio = f"{np.median(speed[:, i] / speed[:, plain]):.2f}"
-        ratio_compiled = f"{np.median(speed[:, i] / speed[:, compiled_plain]):.2f}" if compiled else ""
-        cg = "" if np.isnan(iterations[:, i]).any() else f"{np.median(iterations[:, i]):.1f}"
-        cells = script, leader, curvature, "yes" if compiled else "", median, ratio, ratio_compiled, cg
-        print(f"| {' | '.join(cells)} |")
-    for i, (script, *contestant) in enumerate(labels):
-        before = reference.get((f"{script} before", *contestant))
-        if before is not None:
-            ratios = speed[:, i] / speed[:, before]
-            name = ", ".join(
-                str(part) for part in (script, *contestant[:2], "compiled" if contestant[2] else "eager") if part
+    device = torch.cuda.get_device_name() if args.cuda else "CPU, one thread"
+    print(f"{device}, batch {args.batch_size}, {args.checkpoints[0]}\n")
+    found = []
+    for contestant in contestants(args):
+        try:
+            contestant.update()
+            found.append(contestant)
+        except Exception as e:  # one that fails does not take the others along
+            print(
+                f"{contestant.script}, {contestant.name}, {contestant.mode}: {type(e).__name__}: {e}", file=sys.stderr
             )
-            print(f"{name}: {np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f}) of the speed before")
+    results = []
+    for _ in range(args.rounds + 1):
+        results.append([turn(contestant, args) for contestant in found])
+    speed, iterations = np.array(results[1:]).transpose(2, 0, 1)
+    print_table(found, speed, iterations, args)
+    if args.profile is not None:
+        print_profiles(found, args)
 
 
 if __name__ == "__main__":
