@@ -7,13 +7,16 @@
 Zheng, Fiez, Alumbaugh, Chasnov, Ratliff: Stackelberg Actor-Critic: Game-Theoretic Reinforcement Learning Algorithms,
 2021. Numbers in parentheses are its equations. Actor and critic are two players. The actor (θ) minimises -J(θ, w), the
 critic (w) minimises L(θ, w), and the leader follows the total derivative of its cost through the other's best response.
-Everything else is SAC.
+
+Everything else is Spinning Up's SAC, but for one thing, also with --leader none: both gradients are taken at the same
+(θ, w), as in Algorithm 1, and then both players step. (Usual code steps the critic first.)
 
     python stsac.py --env-id Walker2d-v4 --leader actor --lam 500    # STSAC-AL; critic: STSAC-CL, none: SAC
     python stsac.py --env-id Walker2d-v4 --run-dir runs/walker       # begins there; the same command carries it on
     python stsac.py --evaluate runs/walker/model.pt                  # plays a model that --save-model has saved
 """
 
+import copy
 import fcntl
 import functools
 import math
@@ -24,6 +27,7 @@ import sys
 import time
 import warnings
 import zipfile
+import zlib
 from collections import namedtuple
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -41,7 +45,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-# v4 ids are the paper's tasks; their deprecation is known, and the one warning that is silenced
+# v4 ids are the nearest to the paper's tasks; that they are old is known, and the one warning that is silenced
 warnings.filterwarnings("ignore", r".*The environment \S+ is out of date", DeprecationWarning)
 
 
@@ -50,7 +54,7 @@ class Args:
     exp_name: str = ""  # name of the experiment (default: the algorithm's, which is sac, stsac-al or stsac-cl)
     seed: int = 1  # seed of the experiment
     cuda: bool = True  # run on a GPU if there is one
-    compile: bool = False  # torch.compile the gradients: a minute at the start; solves take all --cg-iters, so give 2
+    compile: bool = False  # torch.compile the gradients (a minute); a solve cannot stop early then: add --cg-iters 2
     track: bool = False  # send the curves to Weights & Biases (WANDB_PROJECT and WANDB_ENTITY say where)
     capture_video: bool = False  # record the first episode of each evaluation (`videos` in the run's folder)
     save_model: bool = False  # save the model (`model.pt` in the run's folder) at the end
@@ -66,27 +70,25 @@ class Args:
     total_timesteps: int = 1_000_000  # total timesteps of the experiment
     buffer_size: int = 1_000_000  # the replay memory buffer size
     gamma: float = 0.99  # the discount factor gamma
-    tau: float = 0.005  # target smoothing coefficient (the paper's Polyak average is 1 - tau)
+    tau: float = 0.005  # target smoothing coefficient (1 - Spinning Up's polyak)
     batch_size: int = 100  # the batch size of sample from the replay memory
     start_steps: int = 10_000  # steps of uniformly random actions at the start
-    update_after: int = 1_000  # the step of the first update (CleanRL's --learning-starts is this and the last)
+    update_after: int = 1_000  # step of the first update; then one a step (CleanRL's --learning-starts sets both)
     policy_lr: float = 1e-3  # the learning rate of the actor's Adam
     q_lr: float = 1e-3  # the learning rate of the critic's Adam
     alpha: float = 0.2  # entropy regularization coefficient (the paper's η)
-    autotune: bool = False  # automatic tuning of the entropy coefficient (the paper keeps it fixed)
+    autotune: bool = False  # tune the coefficient, from 1 on with --q-lr, not --alpha (the paper keeps it fixed)
     hidden: tuple[int, ...] = (256, 256)  # hidden layers of the actor and of each Q network
 
     # The Stackelberg game
-    leader: Literal["actor", "critic", "none"] = (
-        "actor"  # follows its total derivative; none: plain SAC, both for λ → ∞
-    )
-    lam: float = 500.0  # λ of the regularized Hessian of the follower, ∇₂²f2 + λI (Section 4.5)
+    leader: Literal["actor", "critic", "none"] = "actor"  # who follows the total derivative; none: plain SAC
+    lam: float = 500.0  # λ of the follower's regularized Hessian ∇₂²f2 + λI (Section 4.5); none is the limit λ → ∞
     lam_decay: float | None = None  # λ exp(-t / lam_decay) at step t; the released code has 1e5 (default: λ stays)
     unroll: int = 1  # m of Algorithm 2: follower steps for one of the leader's (leader none: critic steps)
-    curvature: Literal["hessian", "gauss-newton"] = "hessian"  # actor leads: ∇_w²L, or its Gauss-Newton part (fast)
+    curvature: Literal["hessian", "gauss-newton"] = "hessian"  # actor leads: all of ∇_w²L, or its fast approximation
     precondition: bool = True  # actor leads, hessian: precondition the solve by Gauss-Newton (the paper does not)
-    cg_iters: int = 10  # most conjugate gradient iterations, each one Hessian-vector product
-    cg_tol: float = 0.01  # relative residual at which conjugate gradient stops
+    cg_iters: int = 10  # most iterations of a solve, a Hessian-vector product each (one more if preconditioned)
+    cg_tol: float = 0.01  # relative residual at which a solve stops
 
 
 def stop(message):
@@ -103,7 +105,9 @@ def check_args(args):
         ("--checkpoint-every must be positive", args.checkpoint_every > 0),
         ("--max-episode-steps must be positive", args.max_episode_steps is None or args.max_episode_steps > 0),
         ("--total-timesteps must be positive", args.total_timesteps > 0),
-        ("--buffer-size must not be smaller than --batch-size", args.buffer_size >= args.batch_size),
+        ("--run-dir must not be empty", args.run_dir != ""),
+        ("--evaluate must not be empty", args.evaluate != ""),
+        ("--buffer-size must be positive", args.buffer_size > 0),
         ("--gamma must be between 0 and 1", 0 <= args.gamma <= 1),
         ("--tau must be between 0 and 1", 0 <= args.tau <= 1),
         ("--batch-size must be positive", args.batch_size > 0),
@@ -134,7 +138,10 @@ TRAIN, EVAL, PLAY = 0, 1, 2  # streams of episodes, each with seeds of its own
 
 
 def make_env(env_id, max_episode_steps=None, video_folder=None, video_every=1):
-    """One environment with flat observations, actions in a bounded Box, and a time limit."""
+    """One environment with flat observations, actions in a bounded Box, and a time limit.
+
+    Trap: a wrapper with a state, such as NormalizeObservation, has another one in evaluations and is in no checkpoint.
+    """
     limit = {} if max_episode_steps is None else {"max_episode_steps": max_episode_steps}
     render = {"render_mode": "rgb_array"} if video_folder else {}  # not all environments know a render_mode
     env = gym.wrappers.FlattenObservation(gym.make(env_id, **limit, **render))
@@ -156,9 +163,12 @@ def make_env(env_id, max_episode_steps=None, video_folder=None, video_every=1):
 
 
 def reset(env, *key):
-    """Starts an episode whose randomness depends on `key` alone: a checkpoint between two needs no simulator state."""
+    """Starts an episode whose randomness depends on `key` alone, so that a checkpoint between two is complete.
+
+    (But for an environment that draws from the global generators: an evaluation amid its episode seeds these anew.)
+    """
     seed = int(np.random.SeedSequence(key).generate_state(1)[0] % 2**31)  # some environments want an int32
-    random.seed(seed)  # some draw from the global generators
+    random.seed(seed)
     np.random.seed(seed)
     obs, _ = env.reset(seed=seed)
     return to_float32(obs)
@@ -171,7 +181,7 @@ def to_float32(x):
 
 
 def to_box(action, space):
-    """The environment's copy of an action: within the bounds to the last bit, and of the space's dtype."""
+    """A copy of an action, within the bounds to the last bit, and of the space's dtype."""
     return action.clip(space.low, space.high).astype(space.dtype)
 
 
@@ -198,31 +208,36 @@ class Actor(nn.Module):
     def forward(self, obs, deterministic=False):
         """obs [..., obs_dim] -> actions a_θ(s) [..., act_dim] in the environment's units, and log π_θ(a_θ(s)|s) [...].
 
-        log π is of the action in [-1, 1], before the scaling: it does not depend on the environment's units.
+        log π is of the action in [-1, 1], before the scaling, as in Spinning Up: it does not depend on units.
         """
         mean, log_std = self.net(obs).chunk(2, dim=-1)
         log_std = log_std.clamp(-20, 2)  # Spinning Up's bounds
         noise = torch.zeros_like(mean) if deterministic else torch.randn_like(mean)
         u = mean + log_std.exp() * noise
         log_normal = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)
-        log_slope = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - tanh²u), without overflow
+        log_slope = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log of dtanh(u)/du = 1 - tanh²u, also where that is 0
         actions = torch.tanh(u) * self.action_scale + self.action_bias
         return actions, (log_normal - log_slope).sum(-1)
 
 
 class Critic(nn.Module):
-    """Both Q networks, w = {w_1, w_2}. Losses, targets and Gauss-Newton take as many as `forward` returns."""
+    """Both Q networks, w = {w_1, w_2}. For another number return as many: nothing else assumes two."""
 
     def __init__(self, observation_space, action_space, hidden=(256, 256)):
         super().__init__()
         n_in = math.prod(observation_space.shape) + math.prod(action_space.shape)
         self.q1 = mlp(n_in, *hidden, 1)
         self.q2 = mlp(n_in, *hidden, 1)
+        # for actions in [-1, 1], so that learning does not depend on the environment's units
+        low = torch.tensor(action_space.low).float()
+        high = torch.tensor(action_space.high).float()
+        self.register_buffer("action_scale", ((high - low) / 2).clamp(min=1e-12))
+        self.register_buffer("action_bias", (high + low) / 2)
 
     def forward(self, obs, actions):
-        """obs [B, obs_dim], actions [B, act_dim] -> (Q_w1, Q_w2), [B] each."""
-        x = torch.cat([obs, actions], dim=-1)
-        return self.q1(x).squeeze(-1), self.q2(x).squeeze(-1)  # critical: [B, 1] against [B] would broadcast
+        """obs [B, obs_dim], actions [B, act_dim] in the environment's units -> (Q_w1, Q_w2), [B] each."""
+        x = torch.cat([obs, (actions - self.action_bias) / self.action_scale], dim=-1)
+        return self.q1(x).squeeze(-1), self.q2(x).squeeze(-1)  # trap: [B, 1] less [B] is [B, B]
 
 
 # Replay buffer
@@ -274,13 +289,13 @@ class ReplayBuffer:
 def actor_loss(actor, critic, batch, alpha):
     """The actor's cost -J(θ, w), (9): a scalar."""
     actions, log_prob = actor(batch.obs)
-    smallest_q = functools.reduce(torch.minimum, critic(batch.obs, actions))
+    smallest_q = functools.reduce(torch.minimum, critic(batch.obs, actions))  # of all Q networks
     return (alpha * log_prob - smallest_q).mean()
 
 
 def td_target(actor, target_critic, batch, gamma, alpha):
     """y(r, s'), below (10), [B]. The next action is the current policy's (footnote 4): through it L depends on θ."""
-    # critical: no `no_grad` here, or the leader's implicit term is gone and STSAC is SAC
+    # no torch.no_grad() here, though usual SAC has it: θ has to reach L through y
     actions, log_prob = actor(batch.next_obs)
     smallest_q = functools.reduce(torch.minimum, target_critic(batch.next_obs, actions))
     return batch.rewards + gamma * (1 - batch.terminated) * (smallest_q - alpha * log_prob)
@@ -288,17 +303,26 @@ def td_target(actor, target_critic, batch, gamma, alpha):
 
 def critic_loss(qs, y):
     """The critic's cost L(θ, w), (10): a scalar. qs: what the critic returns, [B] each; y: the targets, [B]."""
+    for q in qs:
+        check_shape(q, y)
     return sum(((q - y) ** 2).mean() for q in qs)
+
+
+def check_shape(q, y):
+    """[B, 1] less [B] would be [B, B], without an error."""
+    if q.shape != y.shape:
+        stop(f"values of Q are {tuple(q.shape)} and their targets {tuple(y.shape)}: both have to be [B]")
 
 
 # Solver
 def conjugate_gradient(matvec, b, max_iters, tol, preconditioner=None):
     """x ≈ A⁻¹b, [n], for a symmetric matrix A, by conjugate gradient, until ‖b - Ax‖ ≤ tol ‖b‖.
 
-    matvec: v -> Av. preconditioner: r -> Mr, M ≈ A⁻¹. The solve starts from Mb and improves on it, without M from 0.
-    Where pᵀAp ≤ 0 (A is not positive definite) or a number is not finite, it keeps the x that it has.
-    info: tensors; residual ‖b - Ax‖ / ‖b‖ as the recursion has it, inf after a number that was not finite; iterations;
-    negative_curvature, whether it met pᵀAp ≤ 0.
+    matvec: v -> Av. preconditioner: r -> Mr with M ≈ A⁻¹. The solve starts from Mb, without M from 0, and comes nearer
+    to A⁻¹b with each step while A is positive definite. Where the curvature pᵀAp is not positive (beyond rounding) or a
+    number is not finite, it stops and keeps its x: on an indefinite A that can be the start.
+    Returns x and info, tensors: residual ‖b - Ax‖ / ‖b‖ by the recursion for r, inf after a number that was not finite;
+    iterations; negative_curvature, whether it met pᵀAp ≤ 0.
     """
     eps = torch.finfo(b.dtype).eps
     tol = max(tol, eps)  # the recursion for r goes on shrinking below rounding, where it means nothing
@@ -307,21 +331,21 @@ def conjugate_gradient(matvec, b, max_iters, tol, preconditioner=None):
     r = b
     if preconditioner is not None:
         Mb = preconditioner(b)
-        r_Mb = b - matvec(Mb)
-        usable = (Mb.norm() + r_Mb.norm()).isfinite()
+        r_of_Mb = b - matvec(Mb)
+        usable = (Mb.norm() + r_of_Mb.norm()).isfinite()
         x = torch.where(usable, Mb, x)
-        r = torch.where(usable, r_Mb, r)
+        r = torch.where(usable, r_of_Mb, r)
     residual = torch.where(b_norm == 0, 0.0, r.norm() / b_norm)
     iterations = torch.zeros_like(b_norm)
     negative_curvature = torch.zeros_like(b_norm, dtype=torch.bool)
     broken = ~residual.isfinite()
     max_curvature = torch.zeros_like(b_norm)
     active = residual > tol
-    p = torch.zeros_like(b)  # so that the first direction is z
+    p = torch.zeros_like(b)  # with p = 0 and rz = 1 the first direction is z
     rz = torch.ones_like(b_norm)
 
     for _ in range(max_iters):
-        # an early stop saves products; a compiled solve has no branches: it takes all, and `active` masks the rest
+        # compiled code cannot stop early: there the masks below keep x as it is
         if not torch.compiler.is_compiling() and not active:
             break
         z = r if preconditioner is None else preconditioner(r)
@@ -368,22 +392,35 @@ def grad(outputs, inputs, grad_outputs=None, **kwargs):
     return torch.autograd.grad(outputs, inputs, grad_outputs, retain_graph=True, materialize_grads=True, **kwargs)
 
 
+def require_influence(grads, inputs, missing):
+    """Zeros for None. If all are None there is no implicit term, and the leader would silently be a plain player."""
+    if all(g is None for g in grads):
+        stop(f"this leader has nothing to lead: {missing} (no_grad, detach or a frozen network in a loss?)")
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(inputs, grads)]
+
+
+def cost_gradients(f1, x1, x2):
+    """∇₁f1 and ∇₂f1, lists like x1 and x2."""
+    grads = torch.autograd.grad(f1, [*x1, *x2], retain_graph=True, allow_unused=True)
+    grad1_f1 = require_influence(grads[: len(x1)], x1, "its cost does not depend on its own parameters")
+    grad2_f1 = require_influence(grads[len(x1) :], x2, "its cost does not depend on the follower's parameters")
+    return grad1_f1, grad2_f1
+
+
 def mixed_derivative(grad2_f2, x1, v):
-    """(∇₂₁f2)ᵀv, a list of tensors like x1: the derivative by x1 of ⟨∇₂f2, v⟩, with v held constant."""
-    derivatives = torch.autograd.grad(grad2_f2, x1, v, retain_graph=True, allow_unused=True)
-    if all(derivative is None for derivative in derivatives):
-        stop("the leader cannot influence the follower: ∇₂f2 does not depend on x1 (td_target under no_grad?)")
-    return [torch.zeros_like(p) if d is None else d for p, d in zip(x1, derivatives)]
+    """(∇₂₁f2)ᵀv, a list like x1: the derivative by x1 of ⟨∇₂f2, v⟩, with v held constant."""
+    grads = torch.autograd.grad(grad2_f2, x1, v, retain_graph=True, allow_unused=True)
+    return require_influence(grads, x1, "the follower's gradient does not depend on the leader's parameters")
 
 
 def total_derivative(direct, implicit):
-    """direct - implicit, a list of tensors, and info: the norms of both terms and the cosine between them."""
+    """direct - implicit, a list of tensors, and info: the norms of direct and -implicit, and their cosine."""
     total = [d - i for d, i in zip(direct, implicit)]
     direct = flatten(direct)
-    implicit = -flatten(implicit)
+    implicit = flatten(implicit)
     direct_norm = direct.norm()
     implicit_norm = implicit.norm()
-    cosine = direct @ implicit / (direct_norm * implicit_norm).clamp(min=torch.finfo(direct.dtype).tiny)
+    cosine = -(direct @ implicit) / (direct_norm * implicit_norm).clamp(min=torch.finfo(direct.dtype).tiny)
     return total, {"direct_norm": direct_norm, "implicit_norm": implicit_norm, "cosine": cosine}
 
 
@@ -391,30 +428,131 @@ def stackelberg_gradient(f1, f2, x1, x2, lam, cg_iters, cg_tol, *, grad2_f2=None
     """The leader's total derivative ∇₁f1 - (∇₂₁f2)ᵀ (∇₂²f2 + λI)⁻¹ ∇₂f1: (15), (16), regularized as in Section 4.5.
 
     f1, f2: the leader's and the follower's cost, scalars with their graphs; x1, x2: their lists of parameters.
-    grad2_f2: ∇₂f2 with its graph, if the caller has it. Returns a list of tensors like x1, and info.
-    For the critic as leader Algorithm 2 prints ∇_θ²J + λI. The follower's cost is -J, so it is ∇_θ²(-J) + λI here.
+    grad2_f2: ∇₂f2 with its graph, if the caller has it. Returns a list like x1, and info.
+    Actor leads: f1 = -J, f2 = L, and this is minus (15), which is of J. Critic leads: f1 = L, f2 = -J: this is (16), as
+    both signs of J cancel. Not so beside λI: Algorithm 2 prints ∇_θ²J + λI, and it has to be ∇_θ²(-J) + λI.
     """
-    grads = grad(f1, [*x1, *x2])
-    grad1_f1 = grads[: len(x1)]
-    grad2_f1 = flatten(grads[len(x1) :])
+    grad1_f1, grad2_f1 = cost_gradients(f1, x1, x2)
     if grad2_f2 is None:
         grad2_f2 = grad(f2, x2, create_graph=True)
     grad2_f2 = flatten(grad2_f2)
 
     def damped_hessian(v):
-        return flatten(grad(grad2_f2, x2, v)) + lam * v
+        return flatten(grad(grad2_f2, x2, v)) + lam * v  # ∇₂²f2 v = ∇₂⟨∇₂f2, v⟩: no Hessian is ever made
 
-    v, solver_info = conjugate_gradient(damped_hessian, grad2_f1, cg_iters, cg_tol, preconditioner)
+    v, solver_info = conjugate_gradient(damped_hessian, flatten(grad2_f1), cg_iters, cg_tol, preconditioner)
     total, info = total_derivative(grad1_f1, mixed_derivative(grad2_f2, x1, v))
     return total, solver_info | info
 
 
-# Gauss-Newton, for the actor as leader (not in the paper)
+def needs_jacobian(args):
+    """Whether Gauss-Newton (further below) has a part in the gradients: as the curvature, or as the preconditioner."""
+    return args.leader == "actor" and (args.curvature == "gauss-newton" or args.precondition)
+
+
+def player_gradients(actor, critic, target_critic, batch, alpha, lam, args):
+    """Both players' costs and gradients at the same (θ, w), all of one batch.
+
+    Returns f_actor, f_critic, the gradients as lists like θ and w, and info: tensors, among them Q and y of the batch.
+    """
+    theta = trainable(actor)
+    w = trainable(critic)
+    f_actor = actor_loss(actor, critic, batch, alpha)
+    y = td_target(actor, target_critic, batch, args.gamma, alpha)
+    layers = []
+    with RecordLayers(layers) if needs_jacobian(args) else nullcontext():
+        qs = critic(batch.obs, batch.actions)
+    f_critic = critic_loss(qs, y)
+    info = {}
+
+    if args.leader == "none":
+        grad_theta = grad(f_actor, theta)
+        grad_w = grad(f_critic, w)
+    elif args.leader == "critic":
+        grad_theta = grad(f_actor, theta, create_graph=True)
+        grad_w, info = stackelberg_gradient(
+            f_critic, f_actor, w, theta, lam, args.cg_iters, args.cg_tol, grad2_f2=grad_theta
+        )
+    elif args.curvature == "gauss-newton":  # the actor leads
+        grad_w = grad(f_critic, w)
+        jacs = jacobians(critic, qs, layers)
+        grad_theta, info = gauss_newton_gradient(f_actor, f_critic, theta, w, lam, qs, jacs)
+    else:  # the actor leads, with the full Hessian
+        grad_w = grad(f_critic, w, create_graph=True)
+        M = None
+        if args.precondition:
+            M = gauss_newton_preconditioner(f_critic, w, lam, qs, jacobians(critic, qs, layers))
+        grad_theta, info = stackelberg_gradient(
+            f_actor, f_critic, theta, w, lam, args.cg_iters, args.cg_tol, grad2_f2=grad_w, preconditioner=M
+        )
+
+    info |= {"qs": [q.detach() for q in qs], "y": y.detach()}
+    grad_theta = [g.detach() for g in grad_theta]
+    grad_w = [g.detach() for g in grad_w]
+    return f_actor.detach(), f_critic.detach(), grad_theta, grad_w, info
+
+
+# Update
+def optimizer_step(optimizer, parameters, grads):
+    """One step of an optimizer along given gradients (here is the place to clip them)."""
+    for p, g in zip(parameters, grads, strict=True):
+        p.grad = g.detach()
+    optimizer.step()
+
+
+@torch.no_grad()
+def update_target(target, net, tau):
+    """Polyak average of the parameters; buffers, such as running statistics of observations, are copied."""
+    for target_p, p in zip(target.parameters(), net.parameters(), strict=True):
+        target_p.lerp_(p, tau)
+    for target_b, b in zip(target.buffers(), net.buffers(), strict=True):
+        target_b.copy_(b)
+
+
+def stackelberg_update(nets, optimizers, batches, alpha, lam, args, gradients=player_gradients):
+    """One iteration of Algorithm 2 (with one batch: of Algorithm 1, (11)-(14)), and the target network's step.
+
+    nets: actor, critic, target critic. optimizers: the actor's, the critic's. batches: m; the follower takes a step on
+    each (fresh ones, because it responds to the whole replay buffer), the leader one on the first.
+    Returns both costs and info of the first batch.
+    """
+    actor, critic, target_critic = nets
+    actor_optimizer, critic_optimizer = optimizers
+    theta = trainable(actor)
+    w = trainable(critic)
+    f_actor, f_critic, grad_theta, grad_w, info = gradients(*nets, batches[0], alpha, lam, args)  # at (θ_k, w_k)
+
+    # the follower's steps come first: they are at the leader's old parameters
+    if args.leader == "critic":
+        optimizer_step(actor_optimizer, theta, grad_theta)
+        for batch in batches[1:]:
+            cost = actor_loss(actor, critic, batch, alpha)
+            optimizer_step(actor_optimizer, theta, grad(cost, theta))
+        optimizer_step(critic_optimizer, w, grad_w)
+    else:
+        optimizer_step(critic_optimizer, w, grad_w)
+        for batch in batches[1:]:
+            y = td_target(actor, target_critic, batch, args.gamma, alpha)
+            cost = critic_loss(critic(batch.obs, batch.actions), y)
+            optimizer_step(critic_optimizer, w, grad(cost, w))
+        optimizer_step(actor_optimizer, theta, grad_theta)
+
+    update_target(target_critic, critic, args.tau)
+    return f_actor, f_critic, info
+
+
+# Gauss-Newton, for the actor as leader: not in the paper, and not needed to understand it (skip it on a first reading)
 #
-# L depends on w through Q alone. So ∇_w²L is 𝒥ᵀD𝒥, with 𝒥 = ∂Q/∂w and D = ∂²L/∂Q² (a diagonal), and a rest with ∂L/∂Q
-# and the second derivatives of Q. Gauss-Newton drops the rest. Then the solve needs only a B × B matrix, the tangent
-# kernel K = 𝒥𝒥ᵀ, and 𝒥 is never made: a layer's rows of it are outer products of two vectors that autograd knows.
-Layer = namedtuple("Layer", "weight bias inputs scale outputs")  # outputs = (inputs weightᵀ + bias) ∘ scale
+# L depends on w only through the values Q = (Q(s_1, a_1), ..., Q(s_B, a_B)) of a Q network. With 𝒥 = ∂Q/∂w, [B, |w|],
+#     ∇_w²L = 𝒥ᵀD𝒥 + Σ_i ∂L/∂Q_i ∇_w²Q_i,        D = ∂²L/∂Q², diagonal: 2/B for the mean square of (10).
+# Gauss-Newton keeps the first term, which is never indefinite; the second is small where Q_i ≈ y_i. Then no |w| × |w|
+# system has to be solved, but one with the tangent kernel K = 𝒥𝒥ᵀ, which is B × B, by Cholesky:
+#     𝒥(𝒥ᵀD𝒥 + λI)⁻¹ = D⁻¹(K + λD⁻¹)⁻¹𝒥                   (`gauss_newton_gradient`: in place of the Hessian)
+#      (𝒥ᵀD𝒥 + λI)⁻¹ = (I - 𝒥ᵀ(K + λD⁻¹)⁻¹𝒥) / λ          (`gauss_newton_preconditioner`: for the full Hessian)
+# 𝒥 itself is never made. For a layer z = Wx + b its row i is the outer product of ∂Q_i/∂z_i and x_i for W, and just
+# ∂Q_i/∂z_i for b. So the layers' x and z are recorded when the critic runs, and a backward pass from Q gives all ∂Q/∂z.
+# LayerNorm, and Q networks that share layers, are there for critics that you may put in.
+Layer = namedtuple("Layer", "weight bias inputs scale outputs")  # outputs = (inputs weightᵀ + bias) * scale + others
 
 
 class RecordLayers(TorchFunctionMode):
@@ -442,9 +580,15 @@ class RecordLayers(TorchFunctionMode):
         self.layers.append(Layer(weight, bias, input.detach(), None, outputs))
 
     def record_layer_norm(self, outputs, input, normalized_shape, weight=None, bias=None, eps=1e-5):
+        # weight * x̂ + bias: the weight is like a bias, but for the scale x̂
         normalized = F.layer_norm(input.detach(), normalized_shape, eps=eps)
-        self.layers.append(Layer(None, weight, None, normalized, outputs))  # its weight is a bias, times x̂
+        self.layers.append(Layer(None, weight, None, normalized, outputs))
         self.layers.append(Layer(None, bias, None, None, outputs))
+
+
+# One layer's part of 𝒥. weight, bias: the places of its parameters in w, None if it has none or they are frozen;
+# inputs [rows, m], slopes [rows, n]: row i of 𝒥 is slopes_i inputs_iᵀ for the weight and slopes_i for the bias.
+Factors = namedtuple("Factors", "weight bias inputs slopes")
 
 
 def refuse(what, reason):
@@ -452,54 +596,52 @@ def refuse(what, reason):
     stop(f"Gauss-Newton does not know this {what}: {reason}. --curvature hessian --no-precondition takes it")
 
 
-Factors = namedtuple("Factors", "weight bias A G")  # weight, bias: which tensors of w they are, or None
-
-
-def jacobian(critic, qs, layers):
-    """𝒥 = ∂Q/∂w of each Q network, [B, |w|], as a list of factors A [B, m] and G [B, n], one of each layer that ran.
-
-    Row i of 𝒥 is the outer product G_i A_iᵀ for a layer's weight and G_i for its bias, where A has the layer's inputs
-    and G = ∂Q/∂outputs (∘ scale). Q networks that share layers have one 𝒥: the rows of the first, of the second, ...
-    """
-    number = {p: k for k, p in enumerate(trainable(critic))}
-    layers = [layer for layer in layers if layer.weight in number or layer.bias in number]
-    used = [number.get(p) for layer in layers for p in (layer.weight, layer.bias)]
+def check_layers(critic, qs, layers):
+    """Refuses what `jacobians` cannot know: parameters elsewhere or used twice, several outputs a sample."""
+    used = [layer.weight for layer in layers] + [layer.bias for layer in layers]
     for name, p in critic.named_parameters():
-        times = used.count(number[p]) if p in number else 1
-        if times == 0:
+        times = sum(p is other for other in used)
+        if p.requires_grad and times == 0:
             refuse("critic", f"{name} is no weight or bias of a Linear or LayerNorm that has run")
-        if times > 1:
+        if p.requires_grad and times > 1:
             refuse("critic", f"{name} is used more than once")
     for q in qs:
         if q.dim() != 1:
-            refuse("critic", f"a Q network has outputs of shape {tuple(q.shape)}, not [B]")
+            refuse("critic", f"a Q network has values of shape {tuple(q.shape)}, not [B]")
     for layer in layers:
         if layer.outputs.shape[:-1] != qs[0].shape:
             refuse("critic", f"a layer has outputs of shape {tuple(layer.outputs.shape)}, not [B, n]")
 
-    outputs = [layer.outputs for layer in layers]
-    slopes = []  # a list for each Q network: its derivatives by the outputs, None where it does not depend on them
-    for q in qs:
-        slopes.append(torch.autograd.grad(q.sum(), outputs, retain_graph=True, allow_unused=True))
-    reached = [sum(slope is not None for slope in of_layer) for of_layer in zip(*slopes)]
-    if min(reached) == 0:
-        refuse("critic", "a layer that has run does not reach Q")
-    if max(reached) > 1:
-        layers, slopes = one_network(layers, slopes)
 
-    Js = []
+def jacobians(critic, qs, layers):
+    """𝒥 of each Q network, a list of Factors; one 𝒥 of all of them, rows one below the other, if they share layers."""
+    place = {p: k for k, p in enumerate(trainable(critic))}  # of a parameter in w
+    layers = [layer for layer in layers if layer.weight in place or layer.bias in place]
+    check_layers(critic, qs, layers)
+    outputs = [layer.outputs for layer in layers]
+    slopes = []  # ∂Q_i/∂outputs_i of each Q network and layer, None where Q does not depend on the layer
+    for q in qs:
+        # of the sum over i, because Q_i depends on outputs_i alone (`check_gauss_newton` sees if it does not)
+        slopes.append(torch.autograd.grad(q.sum(), outputs, retain_graph=True, allow_unused=True))
+    users = [sum(slope is not None for slope in of_layer) for of_layer in zip(*slopes)]
+    if min(users) == 0:
+        refuse("critic", "a layer that has run does not reach Q")
+    if max(users) > 1:
+        layers, slopes = stack_rows(layers, slopes)
+
+    jacs = []
     for of_network in slopes:
-        J = []
+        jac = []
         for layer, slope in zip(layers, of_network):
             if slope is not None:
-                G = slope if layer.scale is None else slope * layer.scale
-                J.append(Factors(number.get(layer.weight), number.get(layer.bias), layer.inputs, G))
-        Js.append(J)
-    return Js
+                slope = slope if layer.scale is None else slope * layer.scale
+                jac.append(Factors(place.get(layer.weight), place.get(layer.bias), layer.inputs, slope))
+        jacs.append(jac)
+    return jacs
 
 
-def one_network(layers, slopes):
-    """Layers and slopes of Q networks that share layers as those of one network with the rows of all."""
+def stack_rows(layers, slopes):
+    """Layers and slopes as if of one Q network: a layer that two share couples them, 𝒥ᵀD𝒥 is not block diagonal."""
     stacked_layers = []
     stacked_slopes = []
     for layer, of_layer in zip(layers, zip(*slopes)):
@@ -511,214 +653,129 @@ def one_network(layers, slopes):
     return stacked_layers, [stacked_slopes]
 
 
-def jvp(J, u):
-    """𝒥u, [rows], for a list u of tensors with the entries of w."""
+def rows(values, jacs):
+    """Values of the Q networks, [B] each, as one vector for each 𝒥: the same, or all in one if there is one 𝒥."""
+    return torch.cat(values).chunk(len(jacs))
+
+
+def jvp(jac, u):
+    """𝒥u, [rows], for a list u like w, of tensors of any shape."""
     products = []
-    for weight, bias, A, G in J:
-        outputs = 0.0 if bias is None else u[bias].reshape(-1)
+    for weight, bias, inputs, slopes in jac:
+        change = 0.0 if bias is None else u[bias].reshape(-1)  # of the layer's outputs
         if weight is not None:
-            outputs = A @ u[weight].reshape(G.shape[1], A.shape[1]).T + outputs
-        products.append((outputs * G).sum(1))
+            change = inputs @ u[weight].reshape(slopes.shape[1], inputs.shape[1]).T + change
+        products.append((change * slopes).sum(1))
     return sum(products)
 
 
-def vjp(J, c):
-    """𝒥ᵀc for c [rows]: a dict, its entries for tensor k of w under k."""
+def vjp(jac, c):
+    """𝒥ᵀc for c [rows]: a dict from places in w to entries, for the parameters that 𝒥 has."""
     entries = {}
-    for weight, bias, A, G in J:
+    for weight, bias, inputs, slopes in jac:
         if weight is not None:
-            entries[weight] = (c[:, None] * G).T @ A
+            entries[weight] = (c[:, None] * slopes).T @ inputs
         if bias is not None:
-            entries[bias] = c @ G
+            entries[bias] = c @ slopes
     return entries
 
 
-def tangent_kernel(J):
+def tangent_kernel(jac):
     """K = 𝒥𝒥ᵀ, [rows, rows]: how fitting Q at one sample moves it at another."""
-    products = []
-    for weight, bias, A, G in J:
-        inputs = 0.0 if bias is None else 1.0
+    kernels = []
+    for weight, bias, inputs, slopes in jac:
+        inputs_kernel = 0.0 if bias is None else 1.0  # a bias is the weight of an input that is 1
         if weight is not None:
-            inputs = A @ A.T + inputs
-        products.append(inputs * (G @ G.T))
-    return sum(products)
+            inputs_kernel = inputs @ inputs.T + inputs_kernel
+        kernels.append(inputs_kernel * (slopes @ slopes.T))
+    return sum(kernels)
 
 
 def ridge_solver(K, damping):
-    """c -> (K + diag(damping))⁻¹ c, [rows], with damping > 0 [rows]: positive definite, it cannot break down."""
+    """c -> (K + diag(damping))⁻¹ c, [rows], with damping > 0 [rows]: the matrix is positive definite."""
     rounding = torch.finfo(K.dtype).eps * K.trace()  # K has errors of this size: with less it could be indefinite
     K = K.double() + torch.diag(damping.double() + rounding)
-    chol, _ = torch.linalg.cholesky_ex(K)  # it checks nothing, so that a GPU need not wait
+    chol, failed = torch.linalg.cholesky_ex(K)  # it raises nothing, so that a GPU need not wait
+    chol = torch.where(failed == 0, chol, math.nan)
     return lambda c: torch.cholesky_solve(c.double()[:, None], chol)[:, 0].to(c.dtype)
 
 
 def q_derivatives(f_critic, qs):
-    """∂L/∂Q with its graph and the diagonal D = ∂²L/∂Q², lists like qs. (`check_gauss_newton` sees if D is that.)"""
-    f_q = grad(f_critic, qs, create_graph=True)
-    D = grad(f_q, qs, [torch.ones_like(q) for q in qs])
-    return f_q, D
+    """∂L/∂Q, with its graph, and the diagonal of D = ∂²L/∂Q²: lists like qs."""
+    dL_dQ = grad(f_critic, qs, create_graph=True)
+    # the sums of D's rows, which are its diagonal if nothing is beside it (`check_gauss_newton` sees if that is not so)
+    D = grad(dL_dQ, qs, [torch.ones_like(q) for q in qs])
+    return dL_dQ, D
 
 
-def gauss_newton_gradient(f1, f2, x1, x2, lam, qs, Js):
-    """`stackelberg_gradient` with 𝒥ᵀD𝒥 in place of ∇₂²f2: v = (𝒥ᵀD𝒥 + λI)⁻¹ ∇₂f1.
+def gauss_newton_gradient(f1, f2, x1, x2, lam, qs, jacs):
+    """`stackelberg_gradient` with 𝒥ᵀD𝒥 in place of ∇₂²f2: v = (𝒥ᵀD𝒥 + λI)⁻¹ ∇₂f1. Here f2 = L, x1 = θ, x2 = w.
 
-    f2 reaches w through Q, so (∇₂₁f2)ᵀv = ∇₁⟨∂f2/∂Q, 𝒥v⟩. That needs only 𝒥v = D⁻¹(K + λD⁻¹)⁻¹ 𝒥∇₂f1, which is a kernel
-    ridge regression: when the critic re-fits, moving a target moves f1, and the actor descends that influence, too.
+    ∇₂f2 = 𝒥ᵀ ∂f2/∂Q, and 𝒥 does not depend on θ, so only 𝒥v is needed:
+
+        (∇₂₁f2)ᵀv = ∇₁⟨∂f2/∂Q, 𝒥v⟩,        𝒥v = D⁻¹(K + λD⁻¹)⁻¹ 𝒥∇₂f1.
+
+    In words: θ moves the targets, the critic is fitted to them anew (a kernel ridge regression), and that moves f1.
     """
-    grads = grad(f1, [*x1, *x2])
-    grad1_f1 = grads[: len(x1)]
-    grad2_f1 = grads[len(x1) :]
-    f2_q, D = q_derivatives(f2, qs)
+    grad1_f1, grad2_f1 = cost_gradients(f1, x1, x2)
+    dL_dQ, D = q_derivatives(f2, qs)
     Jv = []
-    for J, D_J in zip(Js, torch.cat(D).chunk(len(Js))):
-        D_J = torch.where(D_J > 0, D_J, math.nan)  # a loss that is not convex ends the run
-        K = tangent_kernel(J)
-        solve = ridge_solver(K, lam / D_J)
-        Jv.append(solve(jvp(J, grad2_f1)) / D_J)
+    for jac, D_rows in zip(jacs, rows(D, jacs)):
+        D_rows = torch.where(D_rows > 0, D_rows, math.nan)  # L is not convex in Q: then `training_loop` ends the run
+        solve = ridge_solver(tangent_kernel(jac), lam / D_rows)
+        Jv.append(solve(jvp(jac, grad2_f1)) / D_rows)
     Jv = torch.cat(Jv).chunk(len(qs))
-    return total_derivative(grad1_f1, mixed_derivative(f2_q, x1, Jv))
+    return total_derivative(grad1_f1, mixed_derivative(dL_dQ, x1, Jv))
 
 
-def gauss_newton_preconditioner(f2, x2, lam, qs, Js):
-    """r -> (𝒥ᵀD𝒥 + λI)⁻¹ r = (r - 𝒥ᵀ(K + λD⁻¹)⁻¹𝒥r) / λ, [n]: a preconditioner for the full Hessian."""
+def gauss_newton_preconditioner(f2, x2, lam, qs, jacs):
+    """r -> (𝒥ᵀD𝒥 + λI)⁻¹ r = (r - 𝒥ᵀ(K + λD⁻¹)⁻¹𝒥r) / λ, [n], for a λ that is not too small for rounding."""
     _, D = q_derivatives(f2, qs)
-    D = torch.cat(D)
-    D = D.clamp(min=1e-6 * D.max())  # a preconditioner has to be positive definite, even if the loss is not convex
-    Ds = D.chunk(len(Js))
-    Ks = [tangent_kernel(J) for J in Js]
-    # (r - fit)/λ is a difference of close numbers: λ far below the trace of D𝒥𝒥ᵀ would leave rounding alone
-    trace = sum(K.diagonal() @ D_J for K, D_J in zip(Ks, Ds))
-    lam = (torch.finfo(trace.dtype).eps ** (2 / 3) * trace).clamp(min=lam)
-    solvers = [ridge_solver(K, lam / D_J) for K, D_J in zip(Ks, Ds)]
+    largest = torch.cat(D).max()
+    D = [d.clamp(min=1e-6 * largest) for d in D]  # M is positive definite even if L is not convex in Q
+    kernels = [tangent_kernel(jac) for jac in jacs]
+    trace = sum(K.diagonal() @ D_rows for K, D_rows in zip(kernels, rows(D, jacs)))
+    floor = torch.finfo(trace.dtype).eps ** (2 / 3) * trace  # with a smaller λ r - 𝒥ᵀ(...)𝒥r would be rounding
+    lam = floor.clamp(min=lam)
+    solvers = [ridge_solver(K, lam / D_rows) for K, D_rows in zip(kernels, rows(D, jacs))]
     sizes = [p.numel() for p in x2]
 
     def preconditioner(r):
         u = r.split(sizes)
         fits = {}
-        for J, solve in zip(Js, solvers):
-            fits |= vjp(J, solve(jvp(J, u)))
+        for jac, solve in zip(jacs, solvers):
+            fits |= vjp(jac, solve(jvp(jac, u)))  # the 𝒥s have no parameter in common
         return (r - flatten(fits[k] for k in range(len(x2)))) / lam
 
     return preconditioner
 
 
 def check_gauss_newton(critic, batch, y, args):
-    """Ends the run in one line if 𝒥 or D is not what autograd says, for random c, on a real batch with targets y."""
+    """Ends the run in one line if 𝒥 or D is not what autograd says, for a random c, on a real batch with targets y."""
     layers = []
     with RecordLayers(layers):
         qs = critic(batch.obs, batch.actions)
-    Js = jacobian(critic, qs, layers)
+    jacs = jacobians(critic, qs, layers)
     w = trainable(critic)
     c = [torch.randn_like(q) for q in qs]
     found = {}
-    for J, c_J in zip(Js, torch.cat(c).chunk(len(Js))):
-        found |= vjp(J, c_J)
+    for jac, c_rows in zip(jacs, rows(c, jacs)):
+        found |= vjp(jac, c_rows)
+    found = flatten(found[k] for k in range(len(w)))
     expected = flatten(grad(qs, w, c))
-    error = (flatten(found[k] for k in range(len(w))) - expected).norm() / expected.norm()
-    if not error < 1e-3:
+    if not (found - expected).norm() < 1e-3 * expected.norm():
         refuse(
             "critic", "∂Q/∂w is not what its layers say (samples meet, as in batch norm, or w is used elsewhere, too)"
         )
+
     if args.curvature == "gauss-newton":
-        f_q, D = q_derivatives(critic_loss(qs, y), qs)
-        D = torch.cat(D)
-        if not (D > 0).all():
+        dL_dQ, D = q_derivatives(critic_loss(qs, y), qs)
+        if not (torch.cat(D) > 0).all():
             refuse("critic_loss", "it is not strictly convex in each Q")
-        expected = torch.cat(grad(f_q, qs, c))
-        error = (D * torch.cat(c) - expected).norm() / expected.norm()
-        if not error < 1e-3:
+        found = torch.cat(D) * torch.cat(c)
+        expected = torch.cat(grad(dL_dQ, qs, c))
+        if not (found - expected).norm() < 1e-3 * expected.norm():
             refuse("critic_loss", "it is no sum over samples and Q networks")
-
-
-def player_gradients(actor, critic, target_critic, batch, alpha, lam, args):
-    """Both players' costs and gradients at the same (θ, w).
-
-    Returns f_actor, f_critic, the gradients as lists like θ and w, and info: tensors, among them Q and y of the batch.
-    """
-    theta = trainable(actor)
-    w = trainable(critic)
-    f_actor = actor_loss(actor, critic, batch, alpha)  # first, and then y, so that all leaders see the same noise
-    y = td_target(actor, target_critic, batch, args.gamma, alpha)
-    layers = []
-    with RecordLayers(layers) if args.leader == "actor" else nullcontext():
-        qs = critic(batch.obs, batch.actions)
-    f_critic = critic_loss(qs, y)
-    info = {}  # on the solve
-
-    if args.leader == "none":
-        grad_theta = grad(f_actor, theta)
-        grad_w = grad(f_critic, w)
-    elif args.leader == "critic":
-        grad_theta = grad(f_actor, theta, create_graph=True)
-        grad_w, info = stackelberg_gradient(
-            f_critic, f_actor, w, theta, lam, args.cg_iters, args.cg_tol, grad2_f2=grad_theta
-        )
-    elif args.curvature == "gauss-newton":
-        grad_w = grad(f_critic, w)
-        Js = jacobian(critic, qs, layers)
-        grad_theta, info = gauss_newton_gradient(f_actor, f_critic, theta, w, lam, qs, Js)
-    else:
-        grad_w = grad(f_critic, w, create_graph=True)
-        M = None
-        if args.precondition:
-            M = gauss_newton_preconditioner(f_critic, w, lam, qs, jacobian(critic, qs, layers))
-        grad_theta, info = stackelberg_gradient(
-            f_actor, f_critic, theta, w, lam, args.cg_iters, args.cg_tol, grad2_f2=grad_w, preconditioner=M
-        )
-
-    info |= {"qs": [q.detach() for q in qs], "y": y.detach()}
-    grad_theta = [g.detach() for g in grad_theta]
-    grad_w = [g.detach() for g in grad_w]
-    return f_actor.detach(), f_critic.detach(), grad_theta, grad_w, info
-
-
-# Update
-def optimizer_step(optimizer, parameters, grads):
-    """One step of an optimizer along given gradients."""
-    for p, g in zip(parameters, grads):
-        p.grad = g.detach()
-    optimizer.step()
-
-
-@torch.no_grad()
-def update_target(target, net, tau):
-    """Polyak average of the parameters; buffers, such as running statistics of observations, are copied."""
-    for target_p, p in zip(target.parameters(), net.parameters()):
-        target_p.lerp_(p, tau)
-    for target_b, b in zip(target.buffers(), net.buffers()):
-        target_b.copy_(b)
-
-
-def stackelberg_update(nets, optimizers, batches, alpha, lam, args, gradients=player_gradients):
-    """One iteration of Algorithm 2 (with one batch: of Algorithm 1, (11)-(14)), and the target network's step.
-
-    nets: actor, critic, target critic. optimizers: the actor's, the critic's. batches: m; the follower takes a step on
-    each (fresh ones, because it responds to the whole replay buffer), the leader one on the first.
-    Returns both costs and info of the first.
-    """
-    actor, critic, target_critic = nets
-    actor_optimizer, critic_optimizer = optimizers
-    theta = trainable(actor)
-    w = trainable(critic)
-    f_actor, f_critic, grad_theta, grad_w, info = gradients(*nets, batches[0], alpha, lam, args)  # at (θ_k, w_k)
-
-    # the follower's steps come first: they are at the leader's old parameters
-    if args.leader == "critic":
-        optimizer_step(actor_optimizer, theta, grad_theta)
-        for batch in batches[1:]:
-            cost = actor_loss(actor, critic, batch, alpha)
-            optimizer_step(actor_optimizer, theta, grad(cost, theta))
-        optimizer_step(critic_optimizer, w, grad_w)
-    else:
-        optimizer_step(critic_optimizer, w, grad_w)
-        for batch in batches[1:]:
-            y = td_target(actor, target_critic, batch, args.gamma, alpha)
-            cost = critic_loss(critic(batch.obs, batch.actions), y)
-            optimizer_step(critic_optimizer, w, grad(cost, w))
-        optimizer_step(actor_optimizer, theta, grad_theta)
-
-    update_target(target_critic, critic, args.tau)
-    return f_actor, f_critic, info
 
 
 # Evaluation
@@ -741,6 +798,7 @@ def evaluate(actor, env, episodes, *key):
 
 def play(args):
     """What the command line calls for --evaluate: plays a model."""
+    torch.set_num_threads(1)
     state = load(args.evaluate, args)
     videos = None
     if args.capture_video:
@@ -749,6 +807,7 @@ def play(args):
     env = make_env(flags["env_id"], args.max_episode_steps or flags["max_episode_steps"], videos, args.eval_episodes)
     actor = Actor(env.observation_space, env.action_space, flags["hidden"])
     actor.load_state_dict(state["actor"])
+    print(f"{args.evaluate} on {flags['env_id']}, seed {args.seed}")
     returns = evaluate(actor, env, args.eval_episodes, args.seed, PLAY)
     env.close()
     for k, episodic_return in enumerate(returns, 1):
@@ -758,10 +817,9 @@ def play(args):
 
 # The run's folder, checkpoints
 ALGORITHM = "stsac"  # marks the files that this script writes
-MAY_CHANGE = (  # flags that may differ when a run is carried on: it stays the same run
-    "exp_name cuda compile track capture_video save_model run_dir evaluate eval_every eval_episodes checkpoint_every "
-    "total_timesteps"
-).split()
+# flags that may differ when a run is carried on: it stays the same experiment
+MAY_CHANGE = {"exp_name", "cuda", "compile", "track", "capture_video", "save_model", "run_dir", "evaluate"}
+MAY_CHANGE |= {"eval_every", "eval_episodes", "checkpoint_every", "total_timesteps"}
 
 
 @contextmanager
@@ -775,16 +833,19 @@ def run_folder(run_dir):
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             print(f"{Path(__file__).name}: another process is at work in {run_dir}", file=sys.stderr)
-            raise SystemExit(os.EX_TEMPFAIL) from None  # not an error: launchers leave it to the other
+            raise SystemExit(os.EX_TEMPFAIL) from None  # launchers leave the run to the other
+        except OSError as e:
+            stop(f"{run_dir} cannot be locked: {e.strerror}")
         try:
             yield
         except KeyboardInterrupt:
             if (run_dir / "checkpoint.pt").exists():
-                print(f"\ninterrupted; carry on from its last checkpoint with --run-dir {run_dir}", file=sys.stderr)
+                how = f"the same command with --run-dir {run_dir} carries on from the last checkpoint"
             else:
-                print("\ninterrupted before its first checkpoint: there is nothing to carry on from", file=sys.stderr)
+                how = "before the first checkpoint, so there is nothing to carry on from"
+            print(f"\ninterrupted: {how}", file=sys.stderr)
             raise SystemExit(130) from None
 
 
@@ -798,25 +859,38 @@ def save(path, **state):
 
 
 def load(path, args):
-    """What `save` wrote, mapped into memory. Runs no code: not the file's, nor a module's that only the file names."""
+    """What `save` wrote, mapped into memory. Runs no code: not the file's, and not a module's that it alone names."""
     if not Path(path).is_file():
         stop(f"{path} is {'a folder' if Path(path).is_dir() else 'missing'}, not a file that this script has saved")
     try:
-        if zipfile.ZipFile(path).testzip() is not None:
-            raise ValueError
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:
+                raise ValueError("wrong checksum")
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         algorithm = state["algorithm"]
         flags = state["args"]
         env_id = str(flags["env_id"])
-    except Exception:  # a file can hold anything
-        stop(f"{path} is damaged, or no checkpoint")
+    except OSError as e:
+        stop(f"{path}: {e.strerror}")
+    except Exception as e:  # a file can hold anything
+        stop(f"{path} is damaged, or no checkpoint ({type(e).__name__})")
     if algorithm != ALGORITHM:
         stop(f"{path} is of another script: {algorithm}")
     if flags.keys() != vars(args).keys():
         stop(f"{path} is of another version of this script: its flags are not the same")
-    if ":" in env_id and env_id != args.env_id:
+    if ":" in env_id and env_id != args.env_id:  # the environment "module:name" imports a module
         stop(f"{path} wants a module imported for its environment; to allow that, say --env-id {env_id}")
     return state
+
+
+def restore(state, parts, device):
+    """Networks, optimizers, replay buffer and random numbers as they were."""
+    for name, part in parts.items():
+        # a copy, because an optimizer goes on with the very tensors; the buffer copies by itself
+        part.load_state_dict(state[name] if name == "buffer" else copy.deepcopy(state[name]))
+    torch.set_rng_state(state["rng"])
+    if device.type == "cuda" and state["cuda_rng"] is not None:
+        torch.cuda.set_rng_state(state["cuda_rng"], device)
 
 
 def check_same_run(run_dir, state, args):
@@ -832,10 +906,9 @@ def check_same_run(run_dir, state, args):
 def new_writer(run_dir, start, args):
     """TensorBoard's writer. What was written after step `start` by a process that was killed is written again."""
     for path in run_dir.glob("events.out.tfevents.*"):
-        if int(path.name.split(".")[3]) > time.time():
-            print(
-                f"the clock is behind {path}: TensorBoard, which reads by time, may hide the older part of the curves"
-            )
+        began = re.search(r"tfevents\.(\d+)\.", path.name)
+        if began and int(began[1]) > time.time():
+            print(f"the clock is behind {path}: TensorBoard, which goes by time, may hide the older part of a curve")
     writer = SummaryWriter(str(run_dir), purge_step=start + 1, flush_secs=10)
     table = ["|param|value|", "|-|-|"]
     for name, value in vars(args).items():
@@ -845,7 +918,7 @@ def new_writer(run_dir, start, args):
 
 
 def update_scalars(f_actor, f_critic, info, lam):
-    """What TensorBoard gets of an update: all of it was computed in the update itself."""
+    """What TensorBoard gets of an update, out of what the update returned: no network runs again."""
     scalars = {"losses/actor_loss": f_actor, "losses/qf_loss": f_critic / len(info["qs"])}
     for i, q in enumerate(info["qs"], 1):
         scalars[f"losses/qf{i}_values"] = q.mean()
@@ -862,13 +935,24 @@ def update_scalars(f_actor, f_critic, info, lam):
 
 
 # Training
+def check_first_batch(nets, batch, alpha, lam, args):
+    """Ends the run in one line if this leader and curvature cannot work with these networks and losses."""
+    nets = copy.deepcopy(nets)  # a pass may change buffers: the run's own stay as they are, and its noise as well
+    actor, critic, target_critic = nets
+    if set(actor.parameters()) & set(critic.parameters()):
+        stop("actor and critic share parameters, so they are no two players")
+    with torch.random.fork_rng([batch.obs.device] if batch.obs.is_cuda else []):
+        player_gradients(*nets, batch, alpha, lam, args)
+        if needs_jacobian(args):
+            y = td_target(actor, target_critic, batch, args.gamma, alpha)
+            check_gauss_newton(critic, batch, y, args)
+
+
 def train(args):
     """What the command line calls: begins a run or carries it on, and returns its folder."""
     algorithm = {"none": "sac", "actor": "stsac-al", "critic": "stsac-cl"}[args.leader]
     run_name = f"{args.env_id}__{args.exp_name or algorithm}__{args.seed}__{time.time_ns() // 1000}"
-    run_dir = Path("runs") / re.sub(r"[^\w.-]", "-", run_name)
-    if args.run_dir is not None:
-        run_dir = Path(args.run_dir)
+    run_dir = Path(args.run_dir or "runs/" + re.sub(r"[^\w.-]", "-", run_name))
     with run_folder(run_dir):
         training_loop(run_dir, algorithm, args)
     return run_dir
@@ -876,6 +960,20 @@ def train(args):
 
 def training_loop(run_dir, algorithm, args):
     """From the last checkpoint in the folder, if there is one, to the last step."""
+    state = None
+    start = 0
+    episode = 0
+    if (run_dir / "checkpoint.pt").exists():
+        state = load(run_dir / "checkpoint.pt", args)
+        check_same_run(run_dir, state, args)
+        start = state["global_step"]
+        episode = state["episode"]
+    if start == args.total_timesteps:
+        print(f"{run_dir} is finished, with {start} steps; a larger --total-timesteps makes it longer")
+        if args.save_model:
+            save(run_dir / "model.pt", args=vars(args), actor=state["actor"], critic=state["critic"])
+        return
+
     torch.set_num_threads(1)  # networks of this size hardly gain by more, and runs side by side lose
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
@@ -888,7 +986,7 @@ def training_loop(run_dir, algorithm, args):
     target_critic = Critic(*spaces, args.hidden).to(device)
     target_critic.load_state_dict(critic.state_dict())
     target_critic.requires_grad_(False)
-    log_alpha = nn.ParameterList([torch.zeros(1, device=device)])
+    log_alpha = nn.ParameterList([torch.zeros(1, device=device)])  # a list has a state_dict, like the other parts
     actor_optimizer = torch.optim.Adam(actor.parameters(), lr=args.policy_lr, fused=True)
     q_optimizer = torch.optim.Adam(critic.parameters(), lr=args.q_lr, fused=True)
     alpha_optimizer = torch.optim.Adam(log_alpha.parameters(), lr=args.q_lr, fused=True)
@@ -903,23 +1001,9 @@ def training_loop(run_dir, algorithm, args):
         "alpha_optimizer": alpha_optimizer,
         "buffer": buffer,
     }
-    start = 0
-    episode = 0
-    if (run_dir / "checkpoint.pt").exists():
-        state = load(run_dir / "checkpoint.pt", args)
-        check_same_run(run_dir, state, args)
-        start = state["global_step"]
-        episode = state["episode"]
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        torch.set_rng_state(state["rng"])
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
-        del state  # it holds a second copy of the buffer
-        if start == args.total_timesteps:
-            print(f"{run_dir} is finished, with {start} steps; a larger --total-timesteps makes it longer")
-            if args.save_model:
-                save(run_dir / "model.pt", args=vars(args), actor=actor.state_dict(), critic=critic.state_dict())
-            return
+    if state is not None:
+        restore(state, parts, device)
+        del state  # and with it the file's memory
 
     # What a run needs besides
     videos = run_dir / f"videos/{time.time_ns() // 1000}" if args.capture_video else None
@@ -932,8 +1016,11 @@ def training_loop(run_dir, algorithm, args):
     if args.track:
         import wandb
 
-        name = run_dir.resolve().name
-        wandb.init(name=name, id=name, resume="allow", config=vars(args), sync_tensorboard=True, save_code=True)
+        folder = run_dir.resolve()
+        run_id = f"{zlib.crc32(str(folder).encode()):08x}"  # of the whole path: folders of one name are several runs
+        wandb.init(
+            name=folder.name, id=run_id, resume="allow", config=vars(args), sync_tensorboard=True, save_code=True
+        )
     writer = new_writer(run_dir, start, args)
     curvature = f", {args.curvature}" if args.leader != "none" else ""
     print(f"{algorithm}{curvature} on {args.env_id}, {device}, from step {start}: {run_dir}", flush=True)
@@ -956,15 +1043,16 @@ def training_loop(run_dir, algorithm, args):
                 action = actor.action_bias + actor.action_scale * noise
             else:
                 action, _ = actor(torch.as_tensor(obs, device=device))
-        action = action.cpu().numpy()
-        next_obs, reward, terminated, truncated, _ = env.step(to_box(action, env.action_space))
+        action = to_box(action.cpu().numpy(), env.action_space)
+        next_obs, reward, terminated, truncated, _ = env.step(action.copy())  # a copy: it may be changed in place
         next_obs = to_float32(next_obs)
         reward = to_float32(reward).item()
 
         # Store
-        for name, value in {"action": action, "observation": (obs, next_obs), "reward": reward}.items():
-            if not np.isfinite(value).all():
-                stop(f"step {global_step}: the {name} is not finite in float32")
+        if not (np.isfinite(obs).all() and np.isfinite(next_obs).all()):
+            stop(f"step {global_step}: an observation is not finite in float32")
+        if not (np.isfinite(action).all() and math.isfinite(reward)):
+            stop(f"step {global_step}: the action or the reward is not finite in float32")
         buffer.add(obs, action, reward, next_obs, terminated)
         obs = next_obs
         episode_return += reward
@@ -974,7 +1062,7 @@ def training_loop(run_dir, algorithm, args):
         # Learn
         if global_step >= args.update_after:
             batches = [buffer.sample(args.batch_size) for _ in range(args.unroll)]
-            # tensors: torch.compile would make new code for each number
+            # alpha and lam are tensors: torch.compile would make new code for each number
             alpha = log_alpha[0].detach().exp() if args.autotune else torch.full((), args.alpha, device=device)
             decay = math.exp(-global_step / args.lam_decay) if args.lam_decay else 1.0
             lam = torch.full((), args.lam * decay, device=device)
@@ -986,9 +1074,10 @@ def training_loop(run_dir, algorithm, args):
                 costs = f"-J = {f_actor:.3g}, L = {f_critic:.3g}, norm of the implicit term {implicit_norm:.3g}"
                 stop(f"step {global_step}: a number is not finite: {costs}")
             if args.autotune:
-                _, log_prob = actor(batches[0].obs)
+                with torch.no_grad():
+                    _, log_prob = actor(batches[0].obs)
                 target_entropy = -math.prod(env.action_space.shape)
-                alpha_loss = (-log_alpha[0].exp() * (log_prob.detach() + target_entropy)).mean()
+                alpha_loss = (-log_alpha[0].exp() * (log_prob + target_entropy)).mean()
                 optimizer_step(alpha_optimizer, log_alpha, grad(alpha_loss, list(log_alpha)))
 
             # Log the update
@@ -1028,7 +1117,7 @@ def training_loop(run_dir, algorithm, args):
             state = {name: part.state_dict() for name, part in parts.items()}
             state |= {"args": vars(args), "global_step": global_step, "episode": episode}
             state["rng"] = torch.get_rng_state()
-            state["cuda_rng"] = torch.cuda.get_rng_state_all() if device.type == "cuda" else []
+            state["cuda_rng"] = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
             save(run_dir / "checkpoint.pt", **state)
             checkpoint_step = global_step
 
@@ -1042,18 +1131,9 @@ def training_loop(run_dir, algorithm, args):
     if args.save_model:
         save(run_dir / "model.pt", args=vars(args), actor=actor.state_dict(), critic=critic.state_dict())
     writer.close()
+    env.close()
     eval_env.close()
-
-
-def check_first_batch(nets, batch, alpha, lam, args):
-    """Ends the run in one line if this leader and curvature cannot work with these networks and losses."""
-    if args.leader == "none":
-        return
-    with torch.random.fork_rng():  # the run's own noise stays as it is
-        player_gradients(*nets, batch, alpha, lam, args)
-        if args.leader == "actor" and (args.curvature == "gauss-newton" or args.precondition):
-            actor, critic, target_critic = nets
-            check_gauss_newton(critic, batch, td_target(actor, target_critic, batch, args.gamma, alpha), args)
+    print(f"finished: {run_dir}", flush=True)
 
 
 def main():
@@ -1066,8 +1146,8 @@ def main():
         return play(args)
     checkpoint = Path(args.run_dir or "") / "checkpoint.pt"
     if args.run_dir and checkpoint.exists():  # the run's own flags are the defaults now
-        state = load(checkpoint, args)
-        args = tyro.cli(Args, description=__doc__, default=Args(**state["args"]))
+        flags = load(checkpoint, args)["args"]
+        args = tyro.cli(Args, description=__doc__, default=Args(**flags))
     check_args(args)
     train(args)
 
