@@ -385,7 +385,9 @@ def grad(outputs, inputs, grad_outputs=None, **kwargs):
 def require_influence(grads, inputs, missing):
     """Zeros for None. If all are None there is no implicit term, and the leader would silently be a plain player."""
     if all(g is None for g in grads):
-        stop(f"this leader has nothing to lead: {missing} (no_grad, detach or a frozen network in a loss?)")
+        stop(
+            f"the leader cannot influence the follower to any effect: {missing} (no_grad or frozen networks in a loss?)"
+        )
     return [torch.zeros_like(p) if g is None else g for p, g in zip(inputs, grads)]
 
 
@@ -443,7 +445,7 @@ def needs_jacobian(args):
 def player_gradients(actor, critic, target_actor, target_critic, batch, lam, args):
     """Both players' costs and gradients at the same (θ, w), all of one batch.
 
-    Returns f_actor, f_critic, the gradients as lists like θ and w, and info: tensors, among them Q of the batch.
+    Returns f_actor, f_critic, the gradients as lists like θ and w, and info: tensors, among them Q and y of the batch.
     """
     theta = trainable(actor)
     w = trainable(critic)
@@ -478,7 +480,7 @@ def player_gradients(actor, critic, target_actor, target_critic, batch, lam, arg
             f_actor, f_critic, theta, w, lam, args.cg_iters, args.cg_tol, grad2_f2=grad_w, preconditioner=M
         )
 
-    info |= {"qs": [q.detach() for q in qs]}
+    info |= {"qs": [q.detach() for q in qs], "y": y.detach()}
     grad_theta = [g.detach() for g in grad_theta]
     grad_w = [g.detach() for g in grad_w]
     return f_actor.detach(), f_critic.detach(), grad_theta, grad_w, info
@@ -917,8 +919,7 @@ def update_scalars(f_actor, f_critic, info, lam):
     scalars = {"losses/actor_loss": f_actor, "losses/qf_loss": f_critic / len(info["qs"])}
     for i, q in enumerate(info["qs"], 1):
         scalars[f"losses/qf{i}_values"] = q.mean()
-    if len(info["qs"]) == 1:
-        scalars["losses/qf1_loss"] = f_critic
+        scalars[f"losses/qf{i}_loss"] = ((q - info["y"]) ** 2).mean()  # CleanRL's, whatever critic_loss is
     for name in ("residual", "iterations"):
         if name in info:
             scalars[f"stackelberg/cg_{name}"] = info[name]

@@ -395,7 +395,9 @@ def grad(outputs, inputs, grad_outputs=None, **kwargs):
 def require_influence(grads, inputs, missing):
     """Zeros for None. If all are None there is no implicit term, and the leader would silently be a plain player."""
     if all(g is None for g in grads):
-        stop(f"this leader has nothing to lead: {missing} (no_grad, detach or a frozen network in a loss?)")
+        stop(
+            f"the leader cannot influence the follower to any effect: {missing} (no_grad or frozen networks in a loss?)"
+        )
     return [torch.zeros_like(p) if g is None else g for p, g in zip(inputs, grads)]
 
 
@@ -922,7 +924,7 @@ def update_scalars(f_actor, f_critic, info, lam):
     scalars = {"losses/actor_loss": f_actor, "losses/qf_loss": f_critic / len(info["qs"])}
     for i, q in enumerate(info["qs"], 1):
         scalars[f"losses/qf{i}_values"] = q.mean()
-        scalars[f"losses/qf{i}_loss"] = critic_loss([q], info["y"])
+        scalars[f"losses/qf{i}_loss"] = ((q - info["y"]) ** 2).mean()  # CleanRL's, whatever critic_loss is
     for name in ("residual", "iterations"):
         if name in info:
             scalars[f"stackelberg/cg_{name}"] = info[name]
