@@ -801,7 +801,7 @@ def evaluate(actor, env, episodes, *key):
 def play(args):
     """What the command line calls for --evaluate: plays a model."""
     torch.set_num_threads(1)
-    state = load(args.evaluate, args)
+    state = load(args.evaluate, args, "actor")
     videos = None
     if args.capture_video:
         videos = Path(args.evaluate).parent / f"videos/evaluate-{time.time_ns() // 1000}"
@@ -860,8 +860,8 @@ def save(path, **state):
     os.replace(f"{path}.tmp", path)
 
 
-def load(path, args):
-    """What `save` wrote, mapped into memory. Runs no code: not the file's, and not a module's that it alone names."""
+def load(path, args, key):
+    """What `save` wrote, mapped into memory; it has to have `key`. Runs no code: not the file's, nor of modules it names."""
     if not Path(path).is_file():
         stop(f"{path} is {'a folder' if Path(path).is_dir() else 'missing'}, not a file that this script has saved")
     try:
@@ -880,6 +880,8 @@ def load(path, args):
         stop(f"{path} is of another script: {algorithm}")
     if flags.keys() != vars(args).keys():
         stop(f"{path} is of another version of this script: its flags are not the same")
+    if key not in state:
+        stop(f"{path} has no {key}: a model cannot be carried on, only a checkpoint")
     if ":" in env_id and env_id != args.env_id:  # the environment "module:name" imports a module
         stop(f"{path} wants a module imported for its environment; to allow that, say --env-id {env_id}")
     return state
@@ -966,7 +968,7 @@ def training_loop(run_dir, algorithm, args):
     start = 0
     episode = 0
     if (run_dir / "checkpoint.pt").exists():
-        state = load(run_dir / "checkpoint.pt", args)
+        state = load(run_dir / "checkpoint.pt", args, "rng")
         check_same_run(run_dir, state, args)
         start = state["global_step"]
         episode = state["episode"]
@@ -1148,7 +1150,7 @@ def main():
         return play(args)
     checkpoint = Path(args.run_dir or "") / "checkpoint.pt"
     if args.run_dir and checkpoint.exists():  # the run's own flags are the defaults now
-        flags = load(checkpoint, args)["args"]
+        flags = load(checkpoint, args, "rng")["args"]
         args = tyro.cli(Args, description=__doc__, default=Args(**flags))
     check_args(args)
     train(args)
