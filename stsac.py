@@ -861,7 +861,7 @@ def save(path, **state):
 
 
 def load(path, args, key):
-    """What `save` wrote, mapped into memory; it has to have `key`. Runs no code: not the file's, nor of modules it names."""
+    """What `save` wrote, with `key` in it, mapped into memory. No code runs: not the file's, nor modules it names."""
     if not Path(path).is_file():
         stop(f"{path} is {'a folder' if Path(path).is_dir() else 'missing'}, not a file that this script has saved")
     try:
