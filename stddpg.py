@@ -8,8 +8,12 @@ Zheng, Fiez, Alumbaugh, Chasnov, Ratliff: Stackelberg Actor-Critic: Game-Theoret
 2021. Numbers in parentheses are its equations. Actor and critic are two players. The actor (θ) minimises -J(θ, w), the
 critic (w) minimises L(θ, w), and the leader follows the total derivative of its cost through the other's best response.
 
-Everything else is Spinning Up's DDPG, but for one thing, also with --leader none: both gradients are taken at the same
-(θ, w), as in Algorithm 1, and then both players step. (Usual code steps the critic first.)
+Everything else is Spinning Up's DDPG, also with --leader none, but for five things:
+- both gradients are taken at the same (θ, w), as in Algorithm 1; usual code steps the critic first;
+- there is one update a step, not 50 every 50 steps;
+- the critic sees actions scaled to [-1, 1];
+- next actions are the current policy's (footnote 4); --target-policy takes DDPG's target actor;
+- exploration noise is in half widths of the action space.
 
     python stddpg.py --env-id Hopper-v4 --leader actor --lam 500    # STDDPG-AL; critic: STDDPG-CL, none: DDPG
     python stddpg.py --env-id Hopper-v4 --run-dir runs/hopper       # begins there; the same command carries it on
@@ -44,7 +48,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-# v4 ids are the nearest to the paper's tasks; that they are old is known, and the one warning that is silenced
+# the v4 tasks are the nearest to the paper's: silence the warning that they are old, and no other
 warnings.filterwarnings("ignore", r".*The environment \S+ is out of date", DeprecationWarning)
 
 
@@ -54,8 +58,8 @@ class Args:
     seed: int = 1  # seed of the experiment
     cuda: bool = True  # run on a GPU if there is one
     compile: bool = False  # torch.compile the gradients (a minute); a solve cannot stop early then: add --cg-iters 2
-    track: bool = False  # send the curves to Weights & Biases (WANDB_PROJECT and WANDB_ENTITY say where)
-    capture_video: bool = False  # record the first episode of each evaluation (`videos` in the run's folder)
+    track: bool = False  # send the curves to Weights & Biases (needs wandb; WANDB_PROJECT, WANDB_ENTITY: where to)
+    capture_video: bool = False  # record the first episode of each evaluation (needs moviepy; `videos` in the folder)
     save_model: bool = False  # save the model (`model.pt` in the run's folder) at the end
     run_dir: str | None = None  # folder of the run: begins it or carries it on (default: a new folder in runs)
     evaluate: str | None = None  # a model.pt to play for --eval-episodes episodes, instead of training
@@ -156,16 +160,16 @@ def make_env(env_id, max_episode_steps=None, video_folder=None, video_every=1):
         try:
             env.reset()
             env.render()
+            env = gym.wrappers.RecordVideo(env, str(video_folder), lambda episode: episode % video_every == 0)
         except Exception as e:  # each renderer has its own
-            stop(f"--capture-video: {env_id} cannot be rendered here ({type(e).__name__}: {e})")
-        env = gym.wrappers.RecordVideo(env, str(video_folder), lambda episode: episode % video_every == 0)
+            stop(f"--capture-video: {env_id} cannot be recorded here ({type(e).__name__}: {e})")
     return env
 
 
 def reset(env, *key):
     """Starts an episode whose randomness depends on `key` alone, so that a checkpoint between two is complete.
 
-    (But for an environment that draws from the global generators: an evaluation amid its episode seeds these anew.)
+    Trap: where an environment draws from the global generators, evaluations seed these anew amid a training episode.
     """
     seed = int(np.random.SeedSequence(key).generate_state(1)[0] % 2**31)  # some environments want an int32
     random.seed(seed)
@@ -195,7 +199,10 @@ def mlp(*sizes):
 
 
 class Actor(nn.Module):
-    """Deterministic policy μ_θ(s), scaled to the bounds of the action space."""
+    """Deterministic policy μ_θ(s), scaled to the bounds of the action space.
+
+    Another policy needs this `forward`, for a batch and for one observation, and both buffers.
+    """
 
     def __init__(self, observation_space, action_space, hidden=(256, 256)):
         super().__init__()
@@ -211,7 +218,7 @@ class Actor(nn.Module):
 
 
 class Critic(nn.Module):
-    """Q network Q_w(s, a). For several return a tuple, and change the losses: nothing else assumes one."""
+    """Q network Q_w(s, a). For several return a tuple, and change the losses and `td_target`."""
 
     def __init__(self, observation_space, action_space, hidden=(256, 256)):
         super().__init__()
@@ -251,7 +258,7 @@ class ReplayBuffer:
             memory = torch.cuda.get_device_properties(device).total_memory
         if 4 * numbers * size > memory:
             stop(f"--buffer-size {size} takes {4 * numbers * size / 1e9:.1f} GB, and there are {memory / 1e9:.1f}")
-        # empty, not zeros: memory is taken only when it is written to
+        # empty, not zeros: on a CPU memory is taken only when it is written to
         self.data = Batch(*(torch.empty(size, *shape, device=device) for shape in shapes))
         self.size = size
         self.count = 0
@@ -312,7 +319,7 @@ def conjugate_gradient(matvec, b, max_iters, tol, preconditioner=None):
     to A⁻¹b with each step while A is positive definite. Where the curvature pᵀAp is not positive (beyond rounding) or a
     number is not finite, it stops and keeps its x: on an indefinite A that can be the start.
     Returns x and info, tensors: residual ‖b - Ax‖ / ‖b‖ by the recursion for r, inf after a number that was not finite;
-    iterations; negative_curvature, whether it met pᵀAp ≤ 0.
+    iterations; negative_curvature, whether it met pᵀAp ≤ 0 (beyond rounding).
     """
     eps = torch.finfo(b.dtype).eps
     tol = max(tol, eps)  # the recursion for r goes on shrinking below rounding, where it means nothing
@@ -383,7 +390,7 @@ def grad(outputs, inputs, grad_outputs=None, **kwargs):
 
 
 def require_influence(grads, inputs, missing):
-    """Zeros for None. If all are None there is no implicit term, and the leader would silently be a plain player."""
+    """Zeros for None. If all are None the implicit term would be zero, and the leader silently a plain player."""
     if all(g is None for g in grads):
         stop(
             f"the leader cannot influence the follower to any effect: {missing} (no_grad or frozen networks in a loss?)"
@@ -394,14 +401,14 @@ def require_influence(grads, inputs, missing):
 def cost_gradients(f1, x1, x2):
     """∇₁f1 and ∇₂f1, lists like x1 and x2."""
     grads = torch.autograd.grad(f1, [*x1, *x2], retain_graph=True, allow_unused=True)
-    grad1_f1 = require_influence(grads[: len(x1)], x1, "its cost does not depend on its own parameters")
+    grad1_f1 = [torch.zeros_like(p) if g is None else g for p, g in zip(x1, grads)]  # the direct term may be zero
     grad2_f1 = require_influence(grads[len(x1) :], x2, "its cost does not depend on the follower's parameters")
     return grad1_f1, grad2_f1
 
 
-def mixed_derivative(grad2_f2, x1, v):
-    """(∇₂₁f2)ᵀv, a list like x1: the derivative by x1 of ⟨∇₂f2, v⟩, with v held constant."""
-    grads = torch.autograd.grad(grad2_f2, x1, v, retain_graph=True, allow_unused=True)
+def mixed_derivative(follower_grad, x1, v):
+    """∇₁⟨follower_grad, v⟩ with v held constant, a list like x1. For follower_grad = ∇₂f2 that is (∇₂₁f2)ᵀv."""
+    grads = torch.autograd.grad(follower_grad, x1, v, retain_graph=True, allow_unused=True)
     return require_influence(grads, x1, "the follower's gradient does not depend on the leader's parameters")
 
 
@@ -420,20 +427,21 @@ def stackelberg_gradient(f1, f2, x1, x2, lam, cg_iters, cg_tol, *, grad2_f2=None
     """The leader's total derivative ∇₁f1 - (∇₂₁f2)ᵀ (∇₂²f2 + λI)⁻¹ ∇₂f1: (15), (16), regularized as in Section 4.5.
 
     f1, f2: the leader's and the follower's cost, scalars with their graphs; x1, x2: their lists of parameters.
-    grad2_f2: ∇₂f2 with its graph, if the caller has it. Returns a list like x1, and info.
+    grad2_f2: ∇₂f2 with its graph, which callers often have: it is the follower's own gradient.
+    Returns a list like x1, and info.
     Actor leads: f1 = -J, f2 = L, and this is minus (15), which is of J. Critic leads: f1 = L, f2 = -J: this is (16), as
     both signs of J cancel. Not so beside λI: Algorithm 2 prints ∇_θ²J + λI, and it has to be ∇_θ²(-J) + λI.
     """
     grad1_f1, grad2_f1 = cost_gradients(f1, x1, x2)
     if grad2_f2 is None:
         grad2_f2 = grad(f2, x2, create_graph=True)
-    grad2_f2 = flatten(grad2_f2)
+    follower_grad = flatten(grad2_f2)
 
     def damped_hessian(v):
-        return flatten(grad(grad2_f2, x2, v)) + lam * v  # ∇₂²f2 v = ∇₂⟨∇₂f2, v⟩: no Hessian is ever made
+        return flatten(grad(follower_grad, x2, v)) + lam * v  # ∇₂²f2 v = ∇₂⟨∇₂f2, v⟩: no Hessian is ever made
 
     v, solver_info = conjugate_gradient(damped_hessian, flatten(grad2_f1), cg_iters, cg_tol, preconditioner)
-    total, info = total_derivative(grad1_f1, mixed_derivative(grad2_f2, x1, v))
+    total, info = total_derivative(grad1_f1, mixed_derivative(follower_grad, x1, v))
     return total, solver_info | info
 
 
@@ -541,10 +549,10 @@ def stackelberg_update(nets, optimizers, batches, lam, args, gradients=player_gr
 #
 # L depends on w only through the values Q = (Q(s_1, a_1), ..., Q(s_B, a_B)) of a Q network. With 𝒥 = ∂Q/∂w, [B, |w|],
 #     ∇_w²L = 𝒥ᵀD𝒥 + Σ_i ∂L/∂Q_i ∇_w²Q_i,        D = ∂²L/∂Q², diagonal: 2/B for the mean square of (8).
-# Gauss-Newton keeps the first term, which is never indefinite; the second is small where Q_i ≈ y_i. Then no |w| × |w|
-# system has to be solved, but one with the tangent kernel K = 𝒥𝒥ᵀ, which is B × B, by Cholesky:
+# Gauss-Newton keeps the first term, positive semi-definite if L is convex in Q; the second is small where Q_i ≈ y_i.
+# Then no |w| × |w| system has to be solved, but one with the tangent kernel K = 𝒥𝒥ᵀ, which is B × B, by Cholesky:
 #     𝒥(𝒥ᵀD𝒥 + λI)⁻¹ = D⁻¹(K + λD⁻¹)⁻¹𝒥                   (`gauss_newton_gradient`: in place of the Hessian)
-#      (𝒥ᵀD𝒥 + λI)⁻¹ = (I - 𝒥ᵀ(K + λD⁻¹)⁻¹𝒥) / λ          (`gauss_newton_preconditioner`: for the full Hessian)
+#      (𝒥ᵀD𝒥 + λI)⁻¹ = (I - 𝒥ᵀS(SKS + λI)⁻¹S𝒥) / λ, S = √D    (`gauss_newton_preconditioner`: for the full Hessian)
 # 𝒥 itself is never made. For a layer z = Wx + b its row i is the outer product of ∂Q_i/∂z_i and x_i for W, and just
 # ∂Q_i/∂z_i for b. So the layers' x and z are recorded when the critic runs, and a backward pass from Q gives all ∂Q/∂z.
 # LayerNorm, and Q networks that share layers, are there for critics that you may put in.
@@ -619,6 +627,7 @@ def jacobians(critic, qs, layers):
     for q in qs:
         # of the sum over i, because Q_i depends on outputs_i alone (`check_gauss_newton` sees if it does not)
         slopes.append(torch.autograd.grad(q.sum(), outputs, retain_graph=True, allow_unused=True))
+    # by how many Q networks each layer is used; more than one: they share it
     users = [sum(slope is not None for slope in of_layer) for of_layer in zip(*slopes)]
     if min(users) == 0:
         refuse("critic", "a layer that has run does not reach Q")
@@ -725,22 +734,21 @@ def gauss_newton_gradient(f1, f2, x1, x2, lam, qs, jacs):
 
 
 def gauss_newton_preconditioner(f2, x2, lam, qs, jacs):
-    """r -> (𝒥ᵀD𝒥 + λI)⁻¹ r = (r - 𝒥ᵀ(K + λD⁻¹)⁻¹𝒥r) / λ, [n], for a λ that is not too small for rounding."""
+    """r -> (𝒥ᵀD𝒥 + λI)⁻¹ r = (r - 𝒥ᵀS(SKS + λI)⁻¹S𝒥r) / λ, S = √D, [n], for a λ that is not too small for rounding."""
     _, D = q_derivatives(f2, qs)
-    largest = torch.cat(D).max()
-    D = [d.clamp(min=1e-6 * largest) for d in D]  # M is positive definite even if L is not convex in Q
-    kernels = [tangent_kernel(jac) for jac in jacs]
-    trace = sum(K.diagonal() @ D_rows for K, D_rows in zip(kernels, rows(D, jacs)))
+    roots = [D_rows.clamp(min=0).sqrt() for D_rows in rows(D, jacs)]  # a preconditioner has to be positive definite
+    kernels = [root[:, None] * tangent_kernel(jac) * root for root, jac in zip(roots, jacs)]
+    trace = sum(K.trace() for K in kernels)
     floor = torch.finfo(trace.dtype).eps ** (2 / 3) * trace  # with a smaller λ r - 𝒥ᵀ(...)𝒥r would be rounding
     lam = floor.clamp(min=lam)
-    solvers = [ridge_solver(K, lam / D_rows) for K, D_rows in zip(kernels, rows(D, jacs))]
+    solvers = [ridge_solver(K, lam.expand(len(K))) for K in kernels]
     sizes = [p.numel() for p in x2]
 
     def preconditioner(r):
         u = r.split(sizes)
         fits = {}
-        for jac, solve in zip(jacs, solvers):
-            fits |= vjp(jac, solve(jvp(jac, u)))  # the 𝒥s have no parameter in common
+        for jac, root, solve in zip(jacs, roots, solvers):
+            fits |= vjp(jac, root * solve(root * jvp(jac, u)))  # the 𝒥s have no parameter in common
         return (r - flatten(fits[k] for k in range(len(x2)))) / lam
 
     return preconditioner
@@ -780,6 +788,7 @@ def evaluate(actor, env, episodes, *key):
     """Undiscounted returns of `episodes` episodes without exploration noise, [episodes]; they start as `key` says."""
     device = actor.action_scale.device
     returns = np.zeros(episodes)
+    actor.eval()
     for episode in range(episodes):
         obs = reset(env, *key, episode)
         done = False
@@ -790,6 +799,7 @@ def evaluate(actor, env, episodes, *key):
             obs = to_float32(obs)
             returns[episode] += to_float32(reward).item()
             done = terminated or truncated
+    actor.train()
     return returns
 
 
@@ -813,7 +823,7 @@ def play(args):
 
 
 # The run's folder, checkpoints
-ALGORITHM = "stddpg"  # marks the files that this script writes
+ALGORITHM = "stddpg"  # marks the files that this script writes (another mark for a copy with other networks)
 # flags that may differ when a run is carried on: it stays the same experiment
 MAY_CHANGE = {"exp_name", "cuda", "compile", "track", "capture_video", "save_model", "run_dir", "evaluate"}
 MAY_CHANGE |= {"eval_every", "eval_episodes", "checkpoint_every", "total_timesteps"}
@@ -936,12 +946,14 @@ def update_scalars(f_actor, f_critic, info, lam):
 # Training
 def check_first_batch(nets, batch, lam, args):
     """Ends the run in one line if this leader and curvature cannot work with these networks and losses."""
-    nets = copy.deepcopy(nets)  # a pass may change buffers: the run's own stay as they are, and its noise as well
+    nets = copy.deepcopy(nets)  # a pass may change buffers and draws noise: neither is to touch the run
     actor, critic, _, target_critic = nets
     if set(actor.parameters()) & set(critic.parameters()):
         stop("actor and critic share parameters, so they are no two players")
     with torch.random.fork_rng([batch.obs.device] if batch.obs.is_cuda else []):
-        player_gradients(*nets, batch, lam, args)
+        *_, info = player_gradients(*nets, batch, lam, args)
+        if "residual" in info and info["residual"].isinf():
+            stop("the first solve met a number that is not finite, and the leader would be a plain player")
         if needs_jacobian(args):
             y = td_target(actor, target_critic, batch, args.gamma)
             check_gauss_newton(critic, batch, y, args)
@@ -979,7 +991,7 @@ def training_loop(run_dir, algorithm, args):
     env = make_env(args.env_id, args.max_episode_steps)
     spaces = env.observation_space, env.action_space
 
-    # The players, and all else that a checkpoint holds
+    # The players, and all else that a checkpoint holds. Trap: what you add and has a state must be in `parts`
     actor = Actor(*spaces, args.hidden).to(device)
     critic = Critic(*spaces, args.hidden).to(device)
     target_actor = Actor(*spaces, args.hidden).to(device)
@@ -1037,7 +1049,7 @@ def training_loop(run_dir, algorithm, args):
     for global_step in bar:
         # Act
         with torch.no_grad():
-            if global_step <= args.start_steps:  # not action_space.sample(): environments may share that generator
+            if global_step <= args.start_steps:  # not action_space.sample(): its generator is in no checkpoint
                 noise = 2 * torch.rand_like(actor.action_scale) - 1
                 action = actor.action_bias + actor.action_scale * noise
             else:
@@ -1071,7 +1083,7 @@ def training_loop(run_dir, algorithm, args):
             implicit_norm = info.get("implicit_norm", 0.0)
             if not (f_actor + f_critic + implicit_norm).isfinite():
                 costs = f"-J = {f_actor:.3g}, L = {f_critic:.3g}, norm of the implicit term {implicit_norm:.3g}"
-                stop(f"step {global_step}: a number is not finite: {costs}")
+                stop(f"step {global_step}: not finite (or, with Gauss-Newton, L is not convex in Q): {costs}")
             # Log the update
             if global_step % 100 == 0:
                 scalars = update_scalars(f_actor, f_critic, info, lam)
