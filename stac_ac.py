@@ -2,28 +2,39 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.11,<2.14", "gymnasium[mujoco]>=1.2", "numpy", "tensorboard", "tqdm", "tyro>=0.9"]
 # ///
-"""Stackelberg actor-critic (STAC) and plain on-policy actor-critic in one file.
+"""Stackelberg actor-critic (STAC) and plain on-policy actor-critic (AC) in one file.
 
 Zheng, Fiez, Alumbaugh, Chasnov, Ratliff: Stackelberg Actor-Critic: Game-Theoretic Reinforcement Learning Algorithms,
-2021. Numbers in parentheses are its equations. The actor (θ) minimises -J(θ, w), the critic (w) L(θ, w), and the actor
-follows the total derivative of its cost through the critic's best response. Everything else is vanilla actor-critic,
-with Spinning Up's conventions.
+2021. Numbers in parentheses are its equations. Actor and critic are two players. The actor (θ) minimises -J(θ, w), the
+critic (w) minimises L(θ, w), and the actor leads: it follows the total derivative of its cost through the critic's best
+response. Everything else is Spinning Up's vanilla policy gradient, with plain gradient descent (Appendix E).
 
-    python stac_ac.py --env-id CartPole-v1 --leader actor --lam 0 --unroll 80     # STAC; none: vanilla actor-critic
-    python stac_ac.py --env-id Hopper-v4 --leader actor --lam 500 --unroll 80
-    python stac_ac.py --resume runs/Hopper-v4__stac-al__1__1700000000
-    python stac_ac.py --evaluate runs/Hopper-v4__stac-al__1__1700000000/model.pt
+    python stac_ac.py --env-id CartPole-v1 --leader actor --lam 0 --unroll 80    # STAC; none: AC
+    python stac_ac.py --env-id Hopper-v4 --run-dir runs/hopper       # begins there; the same command carries it on
+    python stac_ac.py --evaluate runs/hopper/model.pt                # plays a model that --save-model has saved
+
+How L depends on θ is estimated from the start states s_0 of Proposition 1 and Theorem 1. --start-states says which:
+
+    released    the batch's first state alone, as in the released code: a multiple of AC's gradient, about 2 at λ = 0
+    every       every visited state, each as the start of the rest of its trajectory: what the critic's loss is about
+    initial     the first state of each trajectory: the propositions as they are written
 """
 
 import copy
+import fcntl
 import math
 import os
+import random
 import re
 import sys
 import time
 import warnings
+import zipfile
+import zlib
 from collections import namedtuple
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -37,140 +48,166 @@ from torch.distributions import Categorical, Independent, Normal
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+# v4 ids are the nearest to the paper's tasks; that they are old is known, and the one warning that is silenced
+warnings.filterwarnings("ignore", r".*The environment \S+ is out of date", DeprecationWarning)
+
 
 @dataclass
 class Args:
-    exp_name: str = ""
-    """the name of this experiment (default: the algorithm's, which is ac or stac-al)"""
-    seed: int = 1
-    """seed of the experiment"""
-    torch_deterministic: bool = True
-    """the value of `torch.backends.cudnn.deterministic`"""
-    cuda: bool = True
-    """if toggled, cuda will be enabled where there is one (for the updates; the policy acts on the CPU)"""
-    track: bool = False
-    """if toggled, this experiment will be tracked with Weights and Biases"""
-    wandb_project_name: str = "stackelberg-actor-critic"
-    """the wandb's project name"""
-    wandb_entity: str | None = None
-    """the entity (team) of wandb's project"""
-    capture_video: bool = False
-    """whether to record the first episode of `--evaluate` (in `evaluate` beside the model)"""
-    save_model: bool = False
-    """whether to save the model (`model.pt` in the run's folder) at the end"""
-    eval_episodes: int = 10
-    """episodes of `--evaluate`, played by the most likely action; the measure of training is the batch's mean return"""
-    checkpoint_every: int = 10_000
-    """environment steps between two checkpoints; each waits for the end of the batch"""
-    resume: str | None = None
-    """the folder of a run to carry on; its flags need not be repeated"""
-    evaluate: str | None = None
-    """a model to play for `--eval-episodes` episodes instead of training"""
+    exp_name: str = ""  # name of the experiment (default: the algorithm's, which is ac or stac-al)
+    seed: int = 1  # seed of the experiment
+    cuda: bool = True  # update on a GPU if there is one (the policy acts on the CPU)
+    track: bool = False  # send the curves to Weights & Biases (WANDB_PROJECT and WANDB_ENTITY say where)
+    capture_video: bool = False  # record the first episode of --evaluate (`videos` beside the model)
+    save_model: bool = False  # save the model (`model.pt` in the run's folder) at the end
+    run_dir: str | None = None  # folder of the run: begins it or carries it on (default: a new folder in runs)
+    evaluate: str | None = None  # a model.pt to play for --eval-episodes episodes, instead of training
+    eval_episodes: int = 10  # episodes of --evaluate, played by the most likely action
+    checkpoint_every: int = 10_000  # environment steps between two checkpoints; each waits for the end of a batch
 
     # Algorithm specific arguments
-    env_id: str = "CartPole-v1"
-    """the environment id of the task, with discrete or continuous actions"""
-    total_timesteps: int = 800_000
-    """total timesteps of the experiment; the last batch is the last that fits"""
-    num_steps: int = 4_000
-    """the number of steps in a batch"""
-    gamma: float = 0.99
-    """the discount factor gamma"""
-    gae_lambda: float = 0.97
-    """the lambda for the general advantage estimation"""
-    norm_adv: bool = True
-    """advantages normalization, Spinning Up's: subtract the batch's mean, divide the composed gradient by its std"""
-    policy_lr: float = 0.1
-    """the learning rate of the actor's gradient descent"""
-    critic_lr: float = 0.01
-    """the learning rate of the critic's gradient descent"""
-    grad_noise: float = 0.0
-    """standard deviation of Gaussian noise on each gradient of both players (the paper's released code has 0.05)"""
-    hidden: tuple[int, ...] = (64, 32)
-    """hidden layers of the actor and of the critic"""
-    critic: Literal["v", "q"] = "v"
-    """the critic: V_w(s) (Proposition 1) or Q_w(s, a) (equations (2) to (4), Theorem 1)"""
+    env_id: str = "CartPole-v1"  # the environment id of the task, with discrete or continuous actions
+    max_episode_steps: int | None = None  # time limit of an episode (default: the task's own)
+    total_timesteps: int = 800_000  # total timesteps of the experiment; the last batch is the last that fits
+    num_steps: int = 4_000  # the number of steps in a batch
+    gamma: float = 0.99  # the discount factor gamma
+    gae_lambda: float = 0.97  # the lambda of the generalized advantage estimation, of a V critic
+    norm_adv: bool = True  # normalize the advantages; their scale divides the total derivative
+    policy_lr: float = 0.1  # the learning rate of the actor's gradient descent
+    critic_lr: float = 0.01  # the learning rate of the critic's gradient descent
+    grad_noise: float = 0.0  # standard deviation of Gaussian noise on each gradient (the released code has 0.05)
+    hidden: tuple[int, ...] = (64, 32)  # hidden layers of the actor and of the critic
+    critic: Literal["v", "q"] = "v"  # V_w(s), of Proposition 1, or Q_w(s, a), of (2) to (4) and Theorem 1
 
     # The Stackelberg game
-    leader: Literal["actor", "none"] = "actor"
-    """the player that follows its total derivative; none: vanilla actor-critic, the limit λ → ∞"""
-    lam: float = 500.0
-    """λ of the regularized follower Hessian ∇_w²L + λI (Section 4.5); the paper has 0 in CartPole, 500 elsewhere"""
-    lam_decay: float | None = None
-    """time constant in environment steps: λ exp(-t / lam_decay); the paper's released code has 1e5 (default: off)"""
-    unroll: int = 1
-    """m of Algorithm 2: critic steps on a batch, for one of the actor's"""
-    start_states: Literal["every", "initial", "batch"] = "every"
-    """s_0 of Proposition 1 and Theorem 1: every visited state, as in the critic's loss, or each trajectory's first;
-    batch: the released code's, the batch's first with the batch's policy gradient, a multiple of the plain gradient"""
-    curvature: Literal["hessian", "gauss-newton"] = "hessian"
-    """∇_w²L, or its Gauss-Newton part (2/N) 𝒥ᵀ𝒥, 𝒥 = ∂V_w/∂w, without negative eigenvalues (λ = 0: with zero ones)"""
-    cg_iters: int = 10
-    """most conjugate gradient iterations, each one Hessian-vector product"""
-    cg_tol: float = 1e-3
-    """relative residual at which conjugate gradient stops"""
+    leader: Literal["actor", "none"] = "actor"  # follows its total derivative; none: plain AC, its limit λ → ∞
+    lam: float = 500.0  # λ of the regularized ∇_w²L + λI (Section 4.5); the paper has 0 in CartPole, 500 elsewhere
+    lam_decay: float | None = None  # λ exp(-t / lam_decay) at step t; the released code has 1e5 (default: λ stays)
+    unroll: int = 1  # m of Algorithm 2: critic steps on a batch, for one of the actor's
+    start_states: Literal["released", "every", "initial"] = "released"  # which states are an s_0, see above
+    curvature: Literal["hessian", "gauss-newton"] = "hessian"  # ∇_w²L, or its part without negative eigenvalues
+    cg_iters: int = 10  # most iterations of a solve, a Hessian-vector product each
+    cg_tol: float = 0.01  # relative residual at which a solve stops
 
 
-def stop(message, code=2):
-    """Ends the program with one line on stderr: code 2 for bad input, 1 for a run that went wrong."""
-    print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
-    raise SystemExit(code)
+def stop(message):
+    """Ends the program with one line."""
+    raise SystemExit(f"{Path(__file__).name}: error: {message}")
 
 
 def check_args(args):
-    """Refuses values that no run can have."""
-    positive = "hidden unroll cg_iters num_steps lam_decay total_timesteps eval_episodes checkpoint_every"
-    for name, value in vars(args).items():
-        least, most = int(name in positive.split()), 1 if name in ("gamma", "gae_lambda", "cg_tol") else math.inf
-        if isinstance(value, (int, float, tuple)) and not all(least <= x <= most for x in np.atleast_1d(value)):
-            stop(f"--{name.replace('_', '-')} {value} is not in [{least}, {most}]")
-    if args.num_steps > args.total_timesteps:
-        stop("--num-steps must not be larger than --total-timesteps")
-    if args.start_states == "batch" and args.critic == "q":
-        stop("--start-states batch is Proposition 1's and needs --critic v")
-    if args.capture_video and not args.evaluate:
-        stop("--capture-video needs --evaluate")
+    """Refuses values that no run can have, in one line that names the flag."""
+    conditions = [
+        ("--seed must be at least 0 and below 2147483648", 0 <= args.seed < 2**31),
+        ("--capture-video needs --evaluate", args.evaluate or not args.capture_video),
+        ("--eval-episodes must be positive", args.eval_episodes > 0),
+        ("--checkpoint-every must be positive", args.checkpoint_every > 0),
+        ("--max-episode-steps must be positive", args.max_episode_steps is None or args.max_episode_steps > 0),
+        ("--total-timesteps must be positive", args.total_timesteps > 0),
+        ("--run-dir must not be empty", args.run_dir != ""),
+        ("--evaluate must not be empty", args.evaluate != ""),
+        ("--num-steps must be positive", args.num_steps > 0),
+        ("--num-steps must not be larger than --total-timesteps", args.num_steps <= args.total_timesteps),
+        ("--gamma must be between 0 and 1", 0 <= args.gamma <= 1),
+        ("--gae-lambda must be between 0 and 1", 0 <= args.gae_lambda <= 1),
+        ("--policy-lr must be between 0 and 1e6", 0 <= args.policy_lr <= 1e6),
+        ("--critic-lr must be between 0 and 1e6", 0 <= args.critic_lr <= 1e6),
+        ("--grad-noise must be between 0 and 1e6", 0 <= args.grad_noise <= 1e6),
+        ("--hidden must be positive numbers", all(width > 0 for width in args.hidden)),
+        ("--lam must be between 0 and 1e12", 0 <= args.lam <= 1e12),
+        ("--lam-decay must be between 1e-6 and 1e12", args.lam_decay is None or 1e-6 <= args.lam_decay <= 1e12),
+        ("--unroll must be positive", args.unroll > 0),
+        (
+            "--start-states released needs --critic v (Theorem 1 was not released): say every or initial",
+            args.critic == "v" or args.start_states != "released" or args.leader == "none",
+        ),
+        ("--cg-iters must be positive", args.cg_iters > 0),
+        ("--cg-tol must be between 0 and 1", 0 <= args.cg_tol <= 1),
+    ]
+    for message, holds in conditions:
+        if not holds:
+            stop(message)
 
 
 # Environment
-def make_env(env_id, video_folder=None, video_every=1):
-    """One environment with flat observations, actions 0, 1, ... or in a Box, and the statistics of its episodes."""
-    # v4 ids are the paper's tasks; their deprecation is known and is the one warning that is silenced
-    warnings.filterwarnings("ignore", r".*The environment \S+ is out of date", DeprecationWarning)
+TRAIN, PLAY = 0, 1  # streams of episodes, each with seeds of its own
+
+
+def make_env(env_id, max_episode_steps=None, video_folder=None, video_every=1):
+    """One environment with flat observations, Discrete actions or a 1-d Box of them, and a time limit.
+
+    Trap: a wrapper with a state, such as NormalizeObservation, has another one in --evaluate and is in no checkpoint.
+    """
+    limit = {} if max_episode_steps is None else {"max_episode_steps": max_episode_steps}
     render = {"render_mode": "rgb_array"} if video_folder else {}  # not all environments know a render_mode
-    env = gym.wrappers.FlattenObservation(gym.make(env_id, **render))
-    spaces = env.observation_space, env.action_space
-    if isinstance(spaces[1], gym.spaces.Discrete):
-        env = gym.wrappers.TransformAction(env, lambda a: a + spaces[1].start, gym.spaces.Discrete(spaces[1].n))
-    elif isinstance(spaces[1], gym.spaces.Box):
-        env = gym.wrappers.ClipAction(env)  # a Gaussian has no bounds, a Box has
-    if not isinstance(spaces[0], gym.spaces.Box) or env.action_space is spaces[1]:
-        stop(f"{env_id} needs observations of a fixed size and Discrete or Box actions, not {spaces}")
+    env = gym.wrappers.FlattenObservation(gym.make(env_id, **limit, **render))
+    obs_space = env.observation_space
+    act_space = env.action_space
+    discrete = isinstance(act_space, gym.spaces.Discrete)
+    vector = isinstance(act_space, gym.spaces.Box) and len(act_space.shape) == 1
+    if not isinstance(obs_space, gym.spaces.Box) or not (discrete or vector):
+        stop(f"{env_id} needs flat observations and actions in a Discrete or 1-d Box, not {obs_space} and {act_space}")
+    if env.spec.max_episode_steps is None:
+        stop(f"{env_id} has no time limit, so an episode may never end: --max-episode-steps 1000 sets one")
     if video_folder:
+        try:
+            env.reset()
+            env.render()
+        except Exception as e:  # each renderer has its own
+            stop(f"--capture-video: {env_id} cannot be rendered here ({type(e).__name__}: {e})")
         env = gym.wrappers.RecordVideo(env, str(video_folder), lambda episode: episode % video_every == 0)
-    return gym.wrappers.RecordEpisodeStatistics(env)
+    return env
 
 
 def reset(env, *key):
-    """Starts an episode whose randomness depends on `key` alone: a checkpoint between two needs no simulator state."""
-    obs, _ = env.reset(seed=int(np.random.SeedSequence(key).generate_state(1)[0]))
-    return np.array(obs)  # a copy: some environments change their array in place
+    """Starts an episode whose randomness depends on `key` alone, so that a checkpoint between two is complete."""
+    seed = int(np.random.SeedSequence(key).generate_state(1)[0] % 2**31)  # some environments want an int32
+    random.seed(seed)
+    np.random.seed(seed)
+    obs, _ = env.reset(seed=seed)
+    return to_float32(obs)
+
+
+def to_float32(x):
+    """A copy (some environments change their arrays in place) in float32; what is too large becomes inf."""
+    with np.errstate(over="ignore"):
+        return np.array(x, dtype=np.float32)
+
+
+def to_env(action, space):
+    """A copy of an action for the environment: a number of the Discrete space, or within the Box to the last bit."""
+    if isinstance(space, gym.spaces.Discrete):
+        return space.dtype.type(space.start + action)
+    return action.clip(space.low, space.high).astype(space.dtype)
 
 
 # Networks
 def mlp(*sizes):
     """Linear layers of the given sizes with tanh between them."""
-    layers = [layer for n in zip(sizes[:-1], sizes[1:]) for layer in (nn.Linear(*n), nn.Tanh())]
-    return nn.Sequential(*layers[:-1])
+    layers = []
+    for n_in, n_out in zip(sizes[:-1], sizes[1:]):
+        layers += [nn.Linear(n_in, n_out), nn.Tanh()]
+    return nn.Sequential(*layers[:-1])  # no tanh at the end
 
 
-def numpy_layer(layer):
-    """A layer as a function of a numpy vector, ten times as fast as torch; one that is not known here runs in torch."""
-    layer = copy.deepcopy(layer).cpu().requires_grad_(False)
-    if isinstance(layer, nn.Linear):
-        weight, bias = np.ascontiguousarray(layer.weight.numpy().T), layer.bias.numpy()
-        return lambda x: x.dot(weight) + bias
-    return np.tanh if isinstance(layer, nn.Tanh) else lambda x: layer(torch.from_numpy(x)).numpy()
+def numpy_mlp(net):
+    """An `mlp` as a function of numpy arrays: ten times as fast for a single observation."""
+    layers = []
+    for layer in net:
+        if isinstance(layer, nn.Linear):
+            weight = layer.weight.detach().cpu().numpy()
+            bias = layer.bias.detach().cpu().numpy()
+            layers.append((np.ascontiguousarray(weight.T), bias))
+        elif not isinstance(layer, nn.Tanh):
+            stop(f"the actor acts in numpy, and numpy_mlp does not know {layer}: change it with mlp")
+    last_weight, last_bias = layers.pop()
+
+    def forward(x):
+        for weight, bias in layers:
+            x = np.tanh(x.dot(weight) + bias)
+        return x.dot(last_weight) + last_bias
+
+    return forward
 
 
 class Actor(nn.Module):
@@ -179,52 +216,58 @@ class Actor(nn.Module):
     def __init__(self, observation_space, action_space, hidden=(64, 32)):
         super().__init__()
         self.discrete = isinstance(action_space, gym.spaces.Discrete)
-        n_out = int(action_space.n) if self.discrete else math.prod(action_space.shape)
-        self.net = mlp(math.prod(observation_space.shape), *hidden, n_out)
+        self.n_out = int(action_space.n) if self.discrete else math.prod(action_space.shape)
+        self.net = mlp(math.prod(observation_space.shape), *hidden, self.n_out)
         if not self.discrete:
-            self.log_std = nn.Parameter(torch.full((n_out,), -0.5))  # Spinning Up's start
+            self.log_std = nn.Parameter(torch.full((self.n_out,), -0.5))  # Spinning Up's start
 
     def forward(self, obs):
         """obs [..., obs_dim] -> the distribution π_θ(·|s)."""
+        outputs = self.net(obs)
         if self.discrete:
-            return Categorical(logits=self.net(obs), validate_args=False)
-        mean = self.net(obs)
-        return Independent(Normal(mean, self.log_std.exp().expand_as(mean), validate_args=False), 1)
+            return Categorical(logits=outputs, validate_args=False)
+        std = self.log_std.exp().expand_as(outputs)
+        return Independent(Normal(outputs, std, validate_args=False), 1)
 
     def sampler(self, num_steps):
-        """The policy as a numpy function (obs [obs_dim], t) -> a ~ π_θ(·|s), for t < num_steps; θ is that of now.
+        """The policy in numpy, for the steps t < num_steps of a batch: a function (obs [obs_dim], t) -> a ~ π_θ(·|s).
 
-        What is random is drawn here, all at once: a Gaussian's noise, and for a Categorical Gumbel's, whose argmax with
-        the logits is a sample.
+        It has the θ of now, and its noise is drawn here for all steps: a Gaussian's, or Gumbel's, whose argmax with the
+        logits is a sample of the Categorical. Change it with `forward`: `check_first_batch` compares them.
         """
-        layers = [numpy_layer(layer) for layer in self.net[:-1]]
-        weight, bias = (p.detach().cpu().numpy() for p in self.net[-1].parameters())
-        weight, shape = np.ascontiguousarray(weight.T), (num_steps, len(bias))
+        outputs = numpy_mlp(self.net)
+        noise = torch.empty(num_steps, self.n_out)
         if self.discrete:
-            noise = -torch.empty(shape).exponential_().log()
+            noise = -noise.exponential_().log()
         else:
-            noise = torch.randn(shape) * self.log_std.detach().exp().cpu()
-        noise = noise.numpy() + bias
+            noise = noise.normal_() * self.log_std.detach().cpu().exp()
+        noise = noise.numpy()
 
-        def sample(x, t):
-            for layer in layers:
-                x = layer(x)
-            x = x.dot(weight) + noise[t]
+        def sample(obs, t):
+            x = outputs(obs) + noise[t]
             return x.argmax() if self.discrete else x
 
         return sample
 
 
 class Critic(nn.Module):
-    """State values V_w(s)."""
+    """State values V_w(s), of Proposition 1."""
 
     def __init__(self, observation_space, hidden=(64, 32)):
         super().__init__()
         self.v = mlp(math.prod(observation_space.shape), *hidden, 1)
 
-    def forward(self, obs):
-        """obs [..., obs_dim] -> V_w(s) [...]."""
-        return self.v(obs).squeeze(-1)  # critical: [N, 1] against [N] would broadcast
+    def forward(self, obs, actions=None):
+        """obs [..., obs_dim] -> V_w(s) [...]. The actions are for the Q critic."""
+        return self.v(obs).squeeze(-1)  # trap: [N, 1] less [N] is [N, N]
+
+    def state_values(self, obs, actor):
+        """V_w(s), [N]."""
+        return self(obs)
+
+    def action_values(self, batch, gamma):
+        """What stands for Q_w(s, a) in (2), [N]: r + γ (1 - terminated) V_w(s')."""
+        return batch.rewards + gamma * (1 - batch.terminated) * self(batch.next_obs)
 
 
 class QCritic(nn.Module):
@@ -238,14 +281,28 @@ class QCritic(nn.Module):
 
     def forward(self, obs, actions):
         """obs [..., obs_dim], actions [...] (discrete) or [..., act_dim] -> Q_w(s, a) [...]."""
-        if self.n_actions:
+        if self.n_actions is not None:
             actions = F.one_hot(actions, self.n_actions).to(obs.dtype)
         return self.q(torch.cat([obs, actions], dim=-1)).squeeze(-1)
+
+    def state_values(self, obs, actor):
+        """E_{a~π}[Q_w(s, a)], [N]: exact over discrete actions, else the mean of ten samples."""
+        policy = actor(obs)
+        if self.n_actions is None:
+            samples = [self(obs, policy.sample()) for _ in range(10)]
+            return torch.stack(samples).mean(0)
+        obs = obs[:, None].expand(-1, self.n_actions, -1)
+        actions = torch.arange(self.n_actions, device=obs.device).expand(len(obs), -1)
+        return (policy.probs * self(obs, actions)).sum(-1)
+
+    def action_values(self, batch, gamma):
+        """Q_w(s, a), [N]."""
+        return self(batch.obs, batch.actions)
 
 
 # Batch collection
 # Trajectories, one after the other: tensors, first axis N. trajectory: the number of the one that a step belongs to.
-# One whose last step is not terminated was cut: by a time limit, or by the end of the batch.
+# One whose last step is not `terminated` was cut: by a time limit, or by the end of the batch.
 Rollout = namedtuple("Rollout", "obs actions rewards next_obs terminated trajectory")
 
 
@@ -256,65 +313,71 @@ def collect(env, actor, num_steps, seed, start):
     nothing of the simulator to save. start: environment steps before the batch.
     """
     policy = actor.sampler(num_steps)
-    shape = num_steps, math.prod(env.observation_space.shape)
-    obs, next_obs = np.empty(shape, np.float32), np.empty(shape, np.float32)
-    rewards, terminated = np.empty(num_steps, np.float32), np.empty(num_steps, np.float32)
-    actions, trajectory, episodes, number, done = [], np.empty(num_steps, np.int64), [], 0, True
+    space = env.action_space
+    transitions = []
+    episodes = []
+    done = True
     for t in range(num_steps):
-        obs[t] = reset(env, seed, 0, start + t) if done else next_obs[t - 1]
-        actions.append(policy(obs[t], t))
-        next_obs[t], rewards[t], terminated[t], truncated, info = env.step(actions[-1])
-        if not math.isfinite(next_obs[t].dot(next_obs[t]) + rewards[t]):  # several times as fast as np.isfinite
-            stop(f"step {start + t + 1}: an observation or the reward is not finite (in float32)", 1)
-        trajectory[t] = number
-        done = terminated[t] or truncated
         if done:
-            episodes.append((start + t + 1, info["episode"]["r"], info["episode"]["l"]))
-            number += 1
-    columns = obs, np.array(actions), rewards, next_obs, terminated, trajectory
+            obs = reset(env, seed, TRAIN, start + t)
+            check_finite(start + t, obs, 0.0)
+            episode_return, episode_length = 0.0, 0
+        action = policy(obs, t)  # log π is of this action, before it is clipped to a Box
+        next_obs, reward, terminated, truncated, _ = env.step(to_env(action, space))
+        next_obs = to_float32(next_obs)
+        reward = to_float32(reward).item()
+        check_finite(start + t + 1, next_obs, reward)
+        transitions.append((obs, action, np.float32(reward), next_obs, np.float32(terminated), len(episodes)))
+        obs = next_obs
+        episode_return += reward
+        episode_length += 1
+        done = terminated or truncated
+        if done:
+            episodes.append((start + t + 1, episode_return, episode_length))
+
     device = next(actor.parameters()).device
-    return Rollout(*(torch.from_numpy(column).to(device) for column in columns)), episodes
+    columns = [torch.from_numpy(np.array(column)).to(device) for column in zip(*transitions)]
+    return Rollout(*columns), episodes
+
+
+def check_finite(step, obs, reward):
+    """Ends the run if the environment returns what is not finite."""
+    if not (np.isfinite(obs).all() and math.isfinite(reward)):
+        stop(f"step {step}: an observation or the reward is not finite in float32")
 
 
 # Estimates
 def discounted_sum(x, discount, trajectory):
-    """Σ_{l≥0} discountˡ x_{t+l} within each trajectory, [N] -> [N], differentiable: log N vectorised doublings."""
-    reach = 1  # x_t is the sum over the first `reach` steps
+    """Σ_{l≥0} discountˡ x_{t+l} within each trajectory, [N] -> [N], differentiable."""
+    # After k rounds x_t holds the first 2ᵏ terms of its sum. A round adds the next 2ᵏ: what x_{t+2ᵏ} holds, times
+    # discount^(2ᵏ), if t+2ᵏ is in the same trajectory. So log₂N rounds, each vectorised, do it.
+    reach = 1  # 2ᵏ
     while reach < len(x):
         same = trajectory[reach:] == trajectory[:-reach]
-        x = x + F.pad(torch.where(same, discount**reach * x[reach:], 0), (0, reach))
+        ahead = torch.where(same, discount**reach * x[reach:], 0)
+        x = x + F.pad(ahead, (0, reach))
         reach *= 2
     return x
 
 
-def state_values(actor, critic, obs):
-    """V_w(s), [N]: for a Q critic E_{a~π}[Q_w(s, a)], exact over discrete actions, else by ten samples."""
-    if isinstance(critic, Critic):
-        return critic(obs)
-    if actor.discrete:
-        actions = torch.arange(critic.n_actions, device=obs.device).expand(len(obs), -1)
-        q = critic(obs[:, None].expand(-1, critic.n_actions, -1), actions)
-        return (actor(obs).probs * q).sum(-1)
-    return torch.stack([critic(obs, actor(obs).sample()) for _ in range(10)]).mean(0)
-
-
-# Constants for both players at (θ_k, w_k), [N] each: Monte Carlo returns of V^π(s) and Q^π(s, a), the critic's targets;
-# Monte Carlo advantages (less the baseline V_w(s)) for L; advantages for J
+# What the batch says at (θ_k, w_k), constants [N] for both players. returns: Monte Carlo, of V^π(s) and Q^π(s, a), the
+# critic's targets. mc_advantages: the returns less the baseline V_w(s), for L. advantages: GAE, for J.
 Estimates = namedtuple("Estimates", "returns mc_advantages advantages")
 
 
 @torch.no_grad()
-def estimate(actor, critic, batch, gamma, gae_lambda):
-    """Monte Carlo returns and advantages of a batch. Where a trajectory was cut, V_w stands for the rest of it."""
-    values = state_values(actor, critic, batch.obs)
-    next_values = (1 - batch.terminated) * state_values(actor, critic, batch.next_obs)
+def estimate(actor, critic, batch, args):
+    """The Estimates of a batch. Where a trajectory was cut, V_w(s') stands for the rest of it."""
+    values = critic.state_values(batch.obs, actor)
+    next_values = (1 - batch.terminated) * critic.state_values(batch.next_obs, actor)
     last = F.pad(batch.trajectory[1:] != batch.trajectory[:-1], (0, 1), value=True)
-    returns = discounted_sum(batch.rewards + gamma * next_values * last, gamma, batch.trajectory)
-    if isinstance(critic, Critic):  # GAE
-        deltas = batch.rewards + gamma * next_values - values
-        advantages = discounted_sum(deltas, gamma * gae_lambda, batch.trajectory)
-    else:  # (3) as it stands
-        advantages = critic(batch.obs, batch.actions) - values
+    rewards_and_rest = batch.rewards + args.gamma * next_values * last
+    returns = discounted_sum(rewards_and_rest, args.gamma, batch.trajectory)
+
+    # for a Q critic (3) as it stands, with Q_w(s, a) - V_w(s): that is GAE with its λ = 0
+    gae_lambda = args.gae_lambda if args.critic == "v" else 0.0
+    td_errors = critic.action_values(batch, args.gamma) - values
+    advantages = discounted_sum(td_errors, args.gamma * gae_lambda, batch.trajectory)
     return Estimates(returns, returns - values, advantages)
 
 
@@ -324,40 +387,46 @@ def estimate(actor, critic, batch, gamma, gae_lambda):
 # f2 have the values of the costs -J and L on the batch, and through `score`, which is 0 but has the gradient of log π,
 # the four derivatives that the Stackelberg gradient takes: ∇_θf1, ∇_wf1, ∇_w²f2 and ∇_θ∇_wf2. Nothing else of them
 # means anything: ∇_θ²f1 is not that of -J, and ∇_θf2 multiplies estimates that share their samples.
-def score_function(actor, batch):
+def score_function(policy, actions):
     """log π_θ(a|s) less its own value: zeros [N] whose gradient is ∇_θ log π_θ(a|s)."""
-    log_prob = actor(batch.obs).log_prob(batch.actions)
+    log_prob = policy.log_prob(actions)
     return log_prob - log_prob.detach()
-
-
-def critic_values(critic, batch, linear=False):
-    """V_w(s) or Q_w(s, a) along the batch, [N]; linear: to first order in w, so that ∇_w²L is (2/N) 𝒥ᵀ𝒥 alone."""
-    inputs = (batch.obs,) if isinstance(critic, Critic) else (batch.obs, batch.actions)
-    if not linear:
-        return critic(*inputs)
-    w = dict(critic.named_parameters())
-    w_k = {name: p.detach() for name, p in w.items()}
-    values, slope = torch.func.jvp(lambda w: torch.func.functional_call(critic, w, inputs), (w_k,), (w,))
-    return values + (slope - slope.detach())  # the slope is 𝒥w
 
 
 def actor_surrogate(critic, batch, score, advantages, args):
     """f1, for -J(θ, w): a scalar.
 
     ∇_θJ is the policy gradient (3). ∇_wJ is that of (2) and, for a state value critic (Section 4.2), of
-    J = E[r + γ (1 - terminated) V_w(s')]: the paper's text leaves out what multiplies V_w. With `batch` it is that of
-    E[V_w(s)], as in the released code.
+    J = E[r + γ (1 - terminated) V_w(s')]: the paper's text leaves out what multiplies V_w. With `released` it is that
+    of E[V_w(s)], as in the released code.
     """
-    if isinstance(critic, Critic) and args.start_states != "batch":
-        q = batch.rewards + args.gamma * (1 - batch.terminated) * critic(batch.next_obs)
+    if args.start_states == "released":
+        q = critic(batch.obs, batch.actions)
     else:
-        q = critic_values(critic, batch)
+        q = critic.action_values(batch, args.gamma)
     return -(q + score * advantages).mean()
 
 
+def linear_values(critic, obs, actions):
+    """The critic's values, to first order in w, [N]. So ∇_w²L is (2/N) 𝒥ᵀ𝒥, 𝒥 = ∂V_w/∂w: no negative eigenvalues."""
+    w = dict(critic.named_parameters())
+    w_k = {name: p.detach() for name, p in w.items()}
+
+    def values_at(w):
+        return torch.func.functional_call(critic, w, (obs, actions))
+
+    values, slope = torch.func.jvp(values_at, (w_k,), (w,))  # slope: 𝒥w
+    return values + (slope - slope.detach())  # as in `score_function`: zero, but with a gradient
+
+
 def critic_loss(values, targets, ratio=1):
-    """The critic's cost L(θ, w), (4): a scalar. θ is in the targets and in π_θ(a|s) / π_{θ_k}(a|s), the ratio of how
-    likely the actions are; for a follower, and for a critic that nobody leads, both are constants."""
+    """The critic's cost L(θ, w), (4): a scalar.
+
+    θ is in the targets, and in the ratio π_θ(a|s) / π_{θ_k}(a|s) of how likely the actions are. For a follower, and for
+    a critic that nobody leads, both are constants.
+    """
+    if values.shape != targets.shape:
+        stop(f"the critic's values are {tuple(values.shape)} and their targets {tuple(targets.shape)}, not both [N]")
     return (ratio * (values - targets) ** 2).mean()
 
 
@@ -370,69 +439,86 @@ def critic_surrogate(critic, batch, score, estimates, args):
 
     for every visited state, or for each trajectory's first, as s_0. Theorem 1 as printed lacks the 2. The Q^π(s_t, a_t)
     of the sums is a Monte Carlo advantage: the baseline changes no expectation, and GAE's bias would.
-
-    With `batch` it is ∇_w of 2 ∇_θJ (V^π(s_0) - V_w(s_0)), s_0 the batch's first state, ∇_θJ as in f1. The total
-    derivative is then c ∇_θf1, c = 1 + 2 ⟨∇_wV_w(s_0), v⟩, v = (∇_w²L + λI)⁻¹ ∇_w mean V_w. If V_w = φ(s)ᵀw and
-    φ(s)ᵀe = 1 (a constant feature), then ∇_w²L e = 2 mean φφᵀe = 2 ∇_w mean V_w, so that v = e/2 and c = 2 at λ = 0;
-    as λ → ∞, v → 0 and c → 1. (With Gauss-Newton this is true of any network whose last layer has a bias.)
+    With `released` it is ∇_w of 2 ∇_θJ (V^π(s_0) - V_w(s_0)), s_0 the batch's first state, ∇_θJ as in f1.
     """
     influence = discounted_sum(score * estimates.mc_advantages, args.gamma, batch.trajectory)  # ∇_θV^π(s_0), (21)
-    ratio, start = 1, torch.ones_like(score)  # start: the weight of each state as an s_0
+    is_start = torch.ones_like(score)
     if args.start_states == "initial":
-        start = F.pad(batch.trajectory[1:] != batch.trajectory[:-1], (1, 0), value=True).to(score)
-    elif args.start_states == "batch":
-        start, influence = F.pad(start[:1], (0, len(start) - 1)), (score * estimates.advantages).mean()
-    start = start / start.mean()
-    if not isinstance(critic, Critic):
-        influence = influence - score * estimates.mc_advantages  # ∇_θQ^π(s_0, a_0), (19)
+        is_start = F.pad(batch.trajectory[1:] != batch.trajectory[:-1], (1, 0), value=True).to(score)
+    elif args.start_states == "released":
+        is_start[1:] = 0.0
+        influence = (score * estimates.advantages).mean()
+    start = is_start / is_start.mean()  # with this weight the mean over the batch is the mean over its s_0
+    ratio = 1
+    if args.critic == "q":
+        influence = influence - score * estimates.mc_advantages  # ∇_θQ^π(s_0, a_0), (19), where a_0 is given
         ratio = 1 + start * score
-    values = critic_values(critic, batch, linear=args.curvature == "gauss-newton")
+    if args.curvature == "gauss-newton":
+        values = linear_values(critic, batch.obs, batch.actions)
+    else:
+        values = critic(batch.obs, batch.actions)
     return critic_loss(values, estimates.returns + start * influence, ratio)
 
 
 # Solver
-def conjugate_gradient(matvec, b, max_iters, tol, preconditioner=None):
-    """x ≈ A⁻¹b, [n], for a symmetric A (matvec: v -> Av) by conjugate gradient from 0, until ‖b - Ax‖ ≤ tol ‖b‖.
-    At pᵀAp ≤ 0 (A is not positive definite) or a number that is not finite it keeps the last good x, 0 at first; with a
-    preconditioner (r -> Mr, M ≈ A⁻¹) Mb, if there is none or Mb's residual is smaller. Info: tensors; the residual is
-    relative, inf after a number that was not finite."""
+def conjugate_gradient(matvec, b, max_iters, tol):
+    """x ≈ A⁻¹b, [n], for a symmetric matrix A, by conjugate gradient, until ‖b - Ax‖ ≤ tol ‖b‖.
+
+    matvec: v -> Av. The solve starts from 0, and comes nearer to A⁻¹b with each step while A is positive definite.
+    Where the curvature pᵀAp is not positive (beyond rounding) or a number is not finite, it stops and keeps its x: on
+    an indefinite A that can be the start.
+    Returns x and info, tensors: residual ‖b - Ax‖ / ‖b‖ by the recursion for r, inf after a number that was not finite;
+    iterations; negative_curvature, whether it met pᵀAp ≤ 0.
+    """
     eps = torch.finfo(b.dtype).eps
     tol = max(tol, eps)  # the recursion for r goes on shrinking below rounding, where it means nothing
-    x, r, p, b_norm = torch.zeros_like(b), b, b, b.norm()
-    rz = max_curvature = iterations = torch.zeros_like(b_norm)
-    residual = torch.where(b_norm.isfinite(), (b_norm != 0).to(b.dtype), math.inf)
-    active = b_norm.isfinite() & (residual > tol)
-    negative_curvature = torch.zeros_like(active)
-    Mb, Mb_residual = x, torch.full_like(residual, math.inf)
-    for k in range(max_iters):
-        # On a CPU an early stop is free; on a GPU reading `active` would stall it, so the masks do the work instead.
-        if b.device.type == "cpu" and not torch.compiler.is_compiling() and not active:
+    b_norm = b.norm()
+    x = torch.zeros_like(b)
+    r = b
+    residual = torch.where(b_norm == 0, 0.0, r.norm() / b_norm)
+    iterations = torch.zeros_like(b_norm)
+    negative_curvature = torch.zeros_like(b_norm, dtype=torch.bool)
+    broken = ~residual.isfinite()
+    max_curvature = torch.zeros_like(b_norm)
+    active = residual > tol
+    p = torch.zeros_like(b)  # with p = 0 and rz = 1 the first direction is z
+    rz = torch.ones_like(b_norm)
+
+    for _ in range(max_iters):
+        if not active:
             break
-        z = r if preconditioner is None else preconditioner(r)
-        rz, rz_old = r @ z, rz
-        p = z if k == 0 else z + rz / rz_old * p
+        z = r
+        rz_old = rz
+        rz = r @ z
+        p = z + rz / rz_old * p
         Ap = matvec(p)
-        if k == 0 and preconditioner is not None:
-            Mb, Mb_residual = p, (b - Ap).norm() / b_norm
         pAp = p @ Ap
-        curvature, step = pAp / (p @ p), rz / pAp
+        step = rz / pAp
+        x_new = x + step * p
+        r_new = r - step * Ap
+        residual_new = r_new.norm() / b_norm
+
+        curvature = pAp / (p @ p)
         max_curvature = torch.maximum(max_curvature, curvature)
-        flat = active & curvature.isfinite() & (curvature <= eps * max_curvature)
-        x_new, r_new = x + step * p, r - step * Ap
-        good = active & ~flat & (x_new.sum() + r_new.sum()).isfinite()  # sums: faster than to look at each number
-        negative_curvature, iterations = negative_curvature | flat, iterations + good
-        x, r = torch.where(good, x_new, x), torch.where(good, r_new, r)
-        residual = torch.where(good, r.norm() / b_norm, torch.where(active & ~flat, math.inf, residual))
+        not_convex = pAp.isfinite() & (curvature <= eps * max_curvature)
+        finite = (pAp + residual_new).isfinite()
+        good = ~not_convex & finite
+        x = torch.where(good, x_new, x)
+        r = torch.where(good, r_new, r)
+        residual = torch.where(good, residual_new, residual)
+        iterations = iterations + good
+        negative_curvature = negative_curvature | not_convex
+        broken = broken | (~not_convex & ~finite)
         active = good & (residual > tol)
-    worse = (residual + Mb_residual).isfinite() & ((residual > Mb_residual) | (iterations == 0))
-    x, residual = torch.where(worse, Mb, x), torch.where(worse, Mb_residual, residual)
+
+    residual = torch.where(broken, math.inf, residual)
     return x, {"residual": residual, "iterations": iterations, "negative_curvature": negative_curvature}
 
 
 # Stackelberg gradient
-def grad(outputs, inputs, grad_outputs=None, **kwargs):
-    """`torch.autograd.grad` on a graph that is kept; an input that does not matter gets zeros."""
-    return torch.autograd.grad(outputs, inputs, grad_outputs, retain_graph=True, materialize_grads=True, **kwargs)
+def trainable(net):
+    """The parameters of a player, less those that are frozen."""
+    return [p for p in net.parameters() if p.requires_grad]
 
 
 def flatten(tensors):
@@ -440,90 +526,201 @@ def flatten(tensors):
     return torch.cat([t.reshape(-1) for t in tensors])
 
 
+def grad(outputs, inputs, grad_outputs=None, **kwargs):
+    """`torch.autograd.grad` on a graph that is kept; an input that does not matter gets zeros."""
+    return torch.autograd.grad(outputs, inputs, grad_outputs, retain_graph=True, materialize_grads=True, **kwargs)
+
+
+def require_influence(grads, inputs, missing):
+    """Zeros for None. If all are None there is no implicit term, and the leader would silently be a plain player."""
+    if all(g is None for g in grads):
+        stop(
+            f"the leader cannot influence the follower to any effect: {missing} (no_grad or frozen networks in a loss?)"
+        )
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(inputs, grads)]
+
+
+def cost_gradients(f1, x1, x2):
+    """∇₁f1 and ∇₂f1, lists like x1 and x2."""
+    grads = torch.autograd.grad(f1, [*x1, *x2], retain_graph=True, allow_unused=True)
+    grad1_f1 = require_influence(grads[: len(x1)], x1, "its cost does not depend on its own parameters")
+    grad2_f1 = require_influence(grads[len(x1) :], x2, "its cost does not depend on the follower's parameters")
+    return grad1_f1, grad2_f1
+
+
+def mixed_derivative(grad2_f2, x1, v):
+    """(∇₂₁f2)ᵀv, a list like x1: the derivative by x1 of ⟨∇₂f2, v⟩, with v held constant."""
+    grads = torch.autograd.grad(grad2_f2, x1, v, retain_graph=True, allow_unused=True)
+    return require_influence(grads, x1, "the follower's gradient does not depend on the leader's parameters")
+
+
 def total_derivative(direct, implicit):
-    """The sum of both terms, a list of tensors, and info: their norms and the cosine between them."""
-    d, i = flatten(direct), flatten(implicit)
-    d_norm, i_norm = d.norm(), i.norm()
-    cosine = d @ i / (d_norm * i_norm).clamp(min=torch.finfo(d.dtype).tiny)
-    return [a + b for a, b in zip(direct, implicit)], dict(direct_norm=d_norm, implicit_norm=i_norm, cosine=cosine)
+    """direct - implicit, a list of tensors, and info: the norms of direct and -implicit, and their cosine."""
+    total = [d - i for d, i in zip(direct, implicit)]
+    direct = flatten(direct)
+    implicit = flatten(implicit)
+    direct_norm = direct.norm()
+    implicit_norm = implicit.norm()
+    cosine = -(direct @ implicit) / (direct_norm * implicit_norm).clamp(min=torch.finfo(direct.dtype).tiny)
+    return total, {"direct_norm": direct_norm, "implicit_norm": implicit_norm, "cosine": cosine}
 
 
-def stackelberg_gradient(f1, f2, x1, x2, lam, cg_iters, cg_tol, grad2_f2=None, preconditioner=None):
-    """The leader's total derivative ∇₁f1 - (∇₂₁f2)ᵀ (∇₂²f2 + λI)⁻¹ ∇₂f1: (15), (16), regularized as in Section 4.5.
-    f1, f2: the leader's and the follower's cost, scalars with their graphs; x1, x2: their lists of parameters;
-    grad2_f2: ∇₂f2 with its graph, if the caller has it. Returns a list of tensors like x1, and info. (For the critic as
-    leader Algorithm 2 prints ∇_θ²J + λI; the follower's cost is -J, so it is ∇_θ²(-J) + λI here.)"""
-    grads = grad(f1, [*x1, *x2])
-    direct, grad2_f1 = grads[: len(x1)], flatten(grads[len(x1) :])
-    grad2_f2 = flatten(grad(f2, x2, create_graph=True) if grad2_f2 is None else grad2_f2)
+def stackelberg_gradient(f1, f2, x1, x2, lam, cg_iters, cg_tol, *, grad2_f2=None):
+    """The leader's total derivative ∇₁f1 - (∇₂₁f2)ᵀ (∇₂²f2 + λI)⁻¹ ∇₂f1: (15), regularized as in Section 4.5.
+
+    f1, f2: the leader's and the follower's cost, scalars with their graphs; x1, x2: their lists of parameters.
+    grad2_f2: ∇₂f2 with its graph, if the caller has it. Returns a list like x1, and info.
+    f1 = -J, f2 = L, and this is minus (15), which is of J.
+    """
+    grad1_f1, grad2_f1 = cost_gradients(f1, x1, x2)
+    if grad2_f2 is None:
+        grad2_f2 = grad(f2, x2, create_graph=True)
+    grad2_f2 = flatten(grad2_f2)
 
     def damped_hessian(v):
-        return flatten(grad(grad2_f2, x2, v)) + lam * v
+        return flatten(grad(grad2_f2, x2, v)) + lam * v  # ∇₂²f2 v = ∇₂⟨∇₂f2, v⟩: no Hessian is ever made
 
-    v, solver_info = conjugate_gradient(damped_hessian, grad2_f1, cg_iters, cg_tol, preconditioner)
-    total, info = total_derivative(direct, grad(grad2_f2, x1, -v))
+    v, solver_info = conjugate_gradient(damped_hessian, flatten(grad2_f1), cg_iters, cg_tol)
+    total, info = total_derivative(grad1_f1, mixed_derivative(grad2_f2, x1, v))
     return total, solver_info | info
 
 
+def player_gradients(actor, critic, batch, estimates, lam, args):
+    """Both players' costs and gradients at the same (θ, w).
+
+    Returns f_actor, f_critic (-J and L on the batch), the gradients as lists like θ and w, and info: tensors.
+    """
+    theta = trainable(actor)
+    w = trainable(critic)
+    scale = 1.0
+    if args.norm_adv:
+        # trap: the scale divides the composed gradient, below. If it divided the advantages, it would shrink the direct
+        # term and not the implicit one
+        scale = estimates.advantages.std(correction=0) + 1e-8
+        estimates = estimates._replace(advantages=estimates.advantages - estimates.advantages.mean())
+    policy = actor(batch.obs)
+    score = score_function(policy, batch.actions)
+    f_actor = actor_surrogate(critic, batch, score, estimates.advantages, args)
+    info = {}
+
+    if args.leader == "none":
+        f_critic = critic_loss(critic(batch.obs, batch.actions), estimates.returns)
+        grad_theta = grad(f_actor, theta)
+        grad_w = grad(f_critic, w)
+    else:
+        f_critic = critic_surrogate(critic, batch, score, estimates, args)
+        grad_w = grad(f_critic, w, create_graph=True)
+        grad_theta, info = stackelberg_gradient(
+            f_actor, f_critic, theta, w, lam, args.cg_iters, args.cg_tol, grad2_f2=grad_w
+        )
+
+    info["entropy"] = policy.entropy().mean().detach()
+    grad_theta = [g.detach() / scale for g in grad_theta]
+    grad_w = [g.detach() for g in grad_w]
+    return f_actor.detach(), f_critic.detach(), grad_theta, grad_w, info
+
+
 # Update
-def optimizer_step(optimizer, grads):
-    """One optimizer step along given gradients."""
-    for p, g in zip(optimizer.param_groups[0]["params"], grads):
+def optimizer_step(optimizer, parameters, grads):
+    """One step of an optimizer along given gradients (here is the place to clip them)."""
+    for p, g in zip(parameters, grads, strict=True):
         p.grad = g.detach()
     optimizer.step()
 
 
 def with_noise(grads, std):
     """Gradients with Gaussian noise, the released code's."""
-    return [g + std * torch.randn_like(g) for g in grads] if std else grads
+    if std == 0:
+        return grads
+    return [g + std * torch.randn_like(g) for g in grads]
 
 
 def stackelberg_update(actor, critic, actor_optimizer, critic_optimizer, batch, lam, args):
-    """One iteration of Algorithm 2 (with m = 1 of Algorithm 1, (11) and (12)).
+    """One iteration of Algorithm 2 (with m = 1 of Algorithm 1, (11) and (12)). Returns both costs, and info.
 
-    The critic takes m steps on the batch, the actor one; both first gradients are taken at the same (θ_k, w_k).
-    Returns the costs -J and L on the batch, and the solver's info.
+    The critic takes m steps on the batch, the actor one. Both players' first gradients are at the same (θ_k, w_k).
     """
-    theta, w = list(actor.parameters()), list(critic.parameters())
-    returns, _, advantages = estimates = estimate(actor, critic, batch, args.gamma, args.gae_lambda)
-    std = advantages.std(correction=0) + 1e-8 if args.norm_adv else 1.0
-    if args.norm_adv:
-        estimates = estimates._replace(advantages=advantages - advantages.mean())
-    score, info = score_function(actor, batch), {}
-    f1 = actor_surrogate(critic, batch, score, estimates.advantages, args)
-    if args.leader == "none":
-        f2 = critic_loss(critic_values(critic, batch), returns)
-        grad1, grad2 = grad(f1, theta), grad(f2, w)
-    else:
-        f2 = critic_surrogate(critic, batch, score, estimates, args)
-        grad2 = grad(f2, w, create_graph=True)
-        grad1, info = stackelberg_gradient(f1, f2, theta, w, lam, args.cg_iters, args.cg_tol, grad2)
-    # critical: advantages keep their unit until here, or the direct term would be scaled and the implicit one not
-    grad1 = [g / std for g in grad1]
-    optimizer_step(critic_optimizer, with_noise(grad2, args.grad_noise))
+    theta = trainable(actor)
+    w = trainable(critic)
+    estimates = estimate(actor, critic, batch, args)
+    f_actor, f_critic, grad_theta, grad_w, info = player_gradients(actor, critic, batch, estimates, lam, args)
+
+    optimizer_step(critic_optimizer, w, with_noise(grad_w, args.grad_noise))
     for _ in range(args.unroll - 1):
-        loss = critic_loss(critic_values(critic, batch), returns)
-        optimizer_step(critic_optimizer, with_noise(grad(loss, w), args.grad_noise))
-    optimizer_step(actor_optimizer, with_noise(grad1, args.grad_noise))
-    return f1.detach(), f2.detach(), info
+        cost = critic_loss(critic(batch.obs, batch.actions), estimates.returns)
+        optimizer_step(critic_optimizer, w, with_noise(grad(cost, w), args.grad_noise))
+    optimizer_step(actor_optimizer, theta, with_noise(grad_theta, args.grad_noise))
+    return f_actor, f_critic, info
 
 
 # Evaluation
 def evaluate(actor, env, episodes, *key):
-    """Undiscounted returns of `episodes` episodes of the most likely action; start states depend on `key` alone."""
-    returns = []
+    """Undiscounted returns of `episodes` episodes of the most likely action, [episodes]; they start as `key` says."""
+    returns = np.zeros(episodes)
     for episode in range(episodes):
-        obs, info = reset(env, *key, episode), {}
-        while "episode" not in info:
+        obs = reset(env, *key, episode)
+        done = False
+        while not done:
             with torch.no_grad():
-                action = actor(torch.as_tensor(obs, dtype=torch.float32)).mode
-            obs, _, _, _, info = env.step(action.numpy())
-        returns.append(float(info["episode"]["r"]))
-    return np.array(returns)
+                action = actor(torch.as_tensor(obs)).mode
+            obs, reward, terminated, truncated, _ = env.step(to_env(action.numpy(), env.action_space))
+            obs = to_float32(obs)
+            returns[episode] += to_float32(reward).item()
+            done = terminated or truncated
+    return returns
 
 
-# Checkpoint
+def play(args):
+    """What the command line calls for --evaluate: plays a model."""
+    torch.set_num_threads(1)
+    state = load(args.evaluate, args, "actor")
+    videos = None
+    if args.capture_video:
+        videos = Path(args.evaluate).parent / f"videos/evaluate-{time.time_ns() // 1000}"
+    flags = state["args"]
+    env = make_env(flags["env_id"], args.max_episode_steps or flags["max_episode_steps"], videos, args.eval_episodes)
+    actor = Actor(env.observation_space, env.action_space, flags["hidden"])
+    actor.load_state_dict(state["actor"])
+    print(f"{args.evaluate} on {flags['env_id']}, seed {args.seed}")
+    returns = evaluate(actor, env, args.eval_episodes, args.seed, PLAY)
+    env.close()
+    for k, episodic_return in enumerate(returns, 1):
+        print(f"episode {k}: return {episodic_return:.2f}")
+    print(f"mean return {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes")
+
+
+# The run's folder, checkpoints
 ALGORITHM = "stac"  # marks the files that this script writes
+# flags that may differ when a run is carried on: it stays the same experiment
+MAY_CHANGE = {"exp_name", "cuda", "track", "capture_video", "save_model", "run_dir", "evaluate"}
+MAY_CHANGE |= {"eval_episodes", "checkpoint_every", "total_timesteps"}
+
+
+@contextmanager
+def run_folder(run_dir):
+    """Makes the folder and locks it as long as the run lasts; says how to carry on after Ctrl-C."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = open(run_dir / "lock", "w")
+    except OSError as e:
+        stop(f"--run-dir {run_dir}: {e.strerror}")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{Path(__file__).name}: another process is at work in {run_dir}", file=sys.stderr)
+            raise SystemExit(os.EX_TEMPFAIL) from None  # launchers leave the run to the other
+        except OSError as e:
+            stop(f"{run_dir} cannot be locked: {e.strerror}")
+        try:
+            yield
+        except KeyboardInterrupt:
+            if (run_dir / "checkpoint.pt").exists():
+                how = f"the same command with --run-dir {run_dir} carries on from the last checkpoint"
+            else:
+                how = "before the first checkpoint, so there is nothing to carry on from"
+            print(f"\ninterrupted: {how}", file=sys.stderr)
+            raise SystemExit(130) from None
 
 
 def save(path, **state):
@@ -535,124 +732,238 @@ def save(path, **state):
     os.replace(f"{path}.tmp", path)
 
 
-def load(path, args, *keys):
-    """What `save` wrote. Runs no code: neither the file's (weights_only) nor a module's that only the file names."""
+def load(path, args, key):
+    """What `save` wrote, with `key` in it, mapped into memory. No code runs: not the file's, nor modules it names."""
+    if not Path(path).is_file():
+        stop(f"{path} is {'a folder' if Path(path).is_dir() else 'missing'}, not a file that this script has saved")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        env_id = str(state["args"]["env_id"])
-        if state["algorithm"] != ALGORITHM or state["args"].keys() != vars(args).keys() or not {*keys} <= state.keys():
-            raise ValueError
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:
+                raise ValueError("wrong checksum")
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        algorithm = state["algorithm"]
+        flags = state["args"]
+        env_id = str(flags["env_id"])
+    except OSError as e:
+        stop(f"{path}: {e.strerror}")
     except Exception as e:  # a file can hold anything
-        stop(f"{path} is missing, damaged or no {ALGORITHM} file that fits ({type(e).__name__})")
-    if ":" in env_id and env_id != args.env_id:
+        stop(f"{path} is damaged, or no checkpoint ({type(e).__name__})")
+    if algorithm != ALGORITHM:
+        stop(f"{path} is of another script: {algorithm}")
+    if flags.keys() != vars(args).keys():
+        stop(f"{path} is of another version of this script: its flags are not the same")
+    if key not in state:
+        stop(f"{path} has no {key}: a model cannot be carried on, only a checkpoint")
+    if ":" in env_id and env_id != args.env_id:  # the environment "module:name" imports a module
         stop(f"{path} wants a module imported for its environment; to allow that, say --env-id {env_id}")
     return state
 
 
+def restore(state, parts, device):
+    """Networks, optimizers and random numbers as they were."""
+    for name, part in parts.items():
+        # a copy, because an optimizer goes on with the very tensors
+        part.load_state_dict(copy.deepcopy(state[name]))
+    torch.set_rng_state(state["rng"])
+    if device.type == "cuda" and state["cuda_rng"] is not None:
+        torch.cuda.set_rng_state(state["cuda_rng"], device)
+
+
+def check_same_run(run_dir, state, args):
+    """Refuses to carry a run on as another one."""
+    for name, value in state["args"].items():
+        if name not in MAY_CHANGE and value != getattr(args, name):
+            stop(f"{run_dir} has a run with --{name.replace('_', '-')} {value}, not {getattr(args, name)}")
+    if state["global_step"] > args.total_timesteps:
+        stop(f"{run_dir} is at step {state['global_step']}, beyond --total-timesteps {args.total_timesteps}")
+
+
+# Logging
+def new_writer(run_dir, start, args):
+    """TensorBoard's writer. What was written after step `start` by a process that was killed is written again."""
+    for path in run_dir.glob("events.out.tfevents.*"):
+        began = re.search(r"tfevents\.(\d+)\.", path.name)
+        if began and int(began[1]) > time.time():
+            print(f"the clock is behind {path}: TensorBoard, which goes by time, may hide the older part of a curve")
+    writer = SummaryWriter(str(run_dir), purge_step=start + 1, flush_secs=10)
+    table = ["|param|value|", "|-|-|"]
+    for name, value in vars(args).items():
+        table.append(f"|{name}|{value}|")
+    writer.add_text("hyperparameters", "\n".join(table), start)
+    return writer
+
+
+def update_scalars(f_actor, f_critic, info, lam):
+    """What TensorBoard gets of an update, out of what the update returned: no network runs again."""
+    scalars = {"losses/policy_loss": f_actor, "losses/value_loss": f_critic, "losses/entropy": info["entropy"]}
+    for name in ("residual", "iterations"):
+        if name in info:
+            scalars[f"stackelberg/cg_{name}"] = info[name]
+    for name in ("negative_curvature", "direct_norm", "implicit_norm", "cosine"):
+        if name in info:
+            scalars[f"stackelberg/{name}"] = info[name]
+    if "cosine" in info:
+        scalars["stackelberg/lam"] = lam
+    return scalars
+
+
 # Training
+def check_first_batch(actor, critic, batch):
+    """Ends the run in one line if it would be silently wrong with these networks."""
+    if set(actor.parameters()) & set(critic.parameters()):
+        stop("actor and critic share parameters, so they are no two players")
+    # the policy that acts and the policy that learns, in float64: rounding is no difference
+    policy = copy.deepcopy(actor).cpu().double()
+    obs = batch.obs.cpu().double()
+    actions = batch.actions.cpu()
+    outputs = torch.from_numpy(numpy_mlp(policy.net)(obs.numpy()))
+    acted = Categorical(logits=outputs) if policy.discrete else Independent(Normal(outputs, policy.log_std.exp()), 1)
+    if not torch.allclose(acted.log_prob(actions), policy(obs).log_prob(actions), rtol=1e-6, atol=1e-6):
+        stop("the actor's forward was changed, and its sampler was not: they are two policies (see Actor.sampler)")
+
+
 def train(args):
-    """What the command line calls: trains (or carries on) one run and returns its folder."""
+    """What the command line calls: begins a run or carries it on, and returns its folder."""
+    algorithm = {"none": "ac", "actor": "stac-al"}[args.leader]
+    run_name = f"{args.env_id}__{args.exp_name or algorithm}__{args.seed}__{time.time_ns() // 1000}"
+    run_dir = Path(args.run_dir or "runs/" + re.sub(r"[^\w.-]", "-", run_name))
+    with run_folder(run_dir):
+        training_loop(run_dir, algorithm, args)
+    return run_dir
+
+
+def training_loop(run_dir, algorithm, args):
+    """From the last checkpoint in the folder, if there is one, to the last batch that fits."""
+    state = None
+    start = 0
+    end = args.total_timesteps // args.num_steps * args.num_steps
+    if (run_dir / "checkpoint.pt").exists():
+        state = load(run_dir / "checkpoint.pt", args, "rng")
+        check_same_run(run_dir, state, args)
+        start = state["global_step"]
+    if start == end:
+        print(f"{run_dir} is finished, with {start} steps; a larger --total-timesteps makes it longer")
+        if args.save_model:
+            save(run_dir / "model.pt", args=vars(args), actor=state["actor"], critic=state["critic"])
+        return
+
     torch.set_num_threads(1)  # networks of this size hardly gain by more, and runs side by side lose
     torch.manual_seed(args.seed)
-    torch.backends.cudnn.deterministic = args.torch_deterministic
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
-    env = make_env(args.env_id)
+    env = make_env(args.env_id, args.max_episode_steps)
     spaces = env.observation_space, env.action_space
+
+    # The players, and all else that a checkpoint holds
     actor = Actor(*spaces, args.hidden).to(device)
-    critic = (Critic(spaces[0], args.hidden) if args.critic == "v" else QCritic(*spaces, args.hidden)).to(device)
-    players = (actor, args.policy_lr), (critic, args.critic_lr)
-    optimizers = [torch.optim.SGD(x.parameters(), lr=lr) for x, lr in players]  # they have no state to be saved
-    exp_name = args.exp_name or {"none": "ac", "actor": "stac-al"}[args.leader]
-    run_name = re.sub(r"[^\w.-]", "-", f"{args.env_id}__{exp_name}__{args.seed}__{time.time_ns() // 1000}")
-    run_dir = Path(args.resume or f"runs/{run_name}")
-    start, log_size = 0, 0
-    if args.resume:
-        state, names = load(run_dir / "checkpoint.pt", args, "rng"), list(vars(args))
-        for name in ["seed", "env_id", *names[names.index("num_steps") :]]:  # what makes it that run
-            if state["args"][name] != getattr(args, name):
-                stop(f"cannot resume {run_dir}: its {name} is {state['args'][name]}, not {getattr(args, name)}")
-        start, log_size = state["global_step"], state["log_size"]
-        if start > args.total_timesteps:
-            stop(f"cannot resume {run_dir}: it is at step {start}, beyond --total-timesteps")
-        actor.load_state_dict(state["actor"])
-        critic.load_state_dict(state["critic"])
-        torch.set_rng_state(state["rng"])
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
+    critic = Critic(spaces[0], args.hidden) if args.critic == "v" else QCritic(*spaces, args.hidden)
+    critic = critic.to(device)
+    actor_optimizer = torch.optim.SGD(actor.parameters(), lr=args.policy_lr)
+    critic_optimizer = torch.optim.SGD(critic.parameters(), lr=args.critic_lr)
+    parts = {
+        "actor": actor,
+        "critic": critic,
+        "actor_optimizer": actor_optimizer,
+        "critic_optimizer": critic_optimizer,
+    }
+    if state is not None:
+        restore(state, parts, device)
+        del state  # and with it the file's memory
+
+    # What a run needs besides
     if args.track:
         import wandb
 
-        run = {"name": run_dir.name, "id": run_dir.name, "resume": "allow", "config": vars(args), "save_code": True}
-        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True, **run)
-    writer = SummaryWriter(str(run_dir), purge_step=start + 1, flush_secs=10)  # a kill's leftovers are written again
-    table = ["|param|value|", "|-|-|", *(f"|{name}|{value}|" for name, value in vars(args).items())]
-    writer.add_text("hyperparameters", "\n".join(table), start)
-    log = open(run_dir / "log.txt", "a")
-    log.seek(log.truncate(log_size))  # drops what was logged after the checkpoint
-    print(run_dir, flush=True)
+        folder = run_dir.resolve()
+        run_id = f"{zlib.crc32(str(folder).encode()):08x}"  # of the whole path: folders of one name are several runs
+        wandb.init(
+            name=folder.name, id=run_id, resume="allow", config=vars(args), sync_tensorboard=True, save_code=True
+        )
+    writer = new_writer(run_dir, start, args)
+    curvature = f", {args.curvature}" if args.leader != "none" else ""
+    print(f"{algorithm}{curvature} on {args.env_id}, {device}, from step {start}: {run_dir}", flush=True)
 
-    checkpoint_step, timer, end = start, time.perf_counter(), args.total_timesteps // args.num_steps * args.num_steps
-    for step in tqdm(range(start, end, args.num_steps), disable=None, dynamic_ncols=True):
+    checkpoint_step = start
+    start_time = time.perf_counter()
+    told_step, told_time = start, start_time
+    steps = range(start, end, args.num_steps)
+    done = start // args.num_steps
+    total = end // args.num_steps
+    bar = tqdm(steps, initial=done, total=total, unit="batch", disable=None, dynamic_ncols=True)  # on a terminal
+    for step in bar:
         global_step = step + args.num_steps
-        batch, episodes = collect(env, actor, args.num_steps, args.seed, step)
-        with torch.no_grad():
-            entropy = actor(batch.obs).entropy().mean()
-        lam = args.lam * math.exp(-global_step / (args.lam_decay or math.inf))
-        f1, f2, info = stackelberg_update(actor, critic, *optimizers, batch, lam, args)
-        if not (f1 + f2).isfinite():
-            stop(f"step {global_step}: a loss is not finite", 1)
-        if not flatten([*actor.parameters(), *critic.parameters()]).isfinite().all():
-            stop(f"step {global_step}: a parameter is not finite", 1)
 
-        for when, episodic_return, length in episodes:
+        # Act
+        batch, episodes = collect(env, actor, args.num_steps, args.seed, step)
+        if step == start:
+            check_first_batch(actor, critic, batch)
+
+        # Learn
+        decay = math.exp(-global_step / args.lam_decay) if args.lam_decay else 1.0
+        lam = args.lam * decay
+        f_actor, f_critic, info = stackelberg_update(actor, critic, actor_optimizer, critic_optimizer, batch, lam, args)
+        implicit_norm = info.get("implicit_norm", 0.0)
+        if not (f_actor + f_critic + implicit_norm).isfinite():
+            costs = f"-J = {f_actor:.3g}, L = {f_critic:.3g}, norm of the implicit term {implicit_norm:.3g}"
+            stop(f"step {global_step}: a number is not finite: {costs}")
+        if not flatten([*actor.parameters(), *critic.parameters()]).isfinite().all():
+            stop(f"step {global_step}: a parameter is not finite")
+
+        # Log the episodes and the update
+        for when, episodic_return, episodic_length in episodes:
             writer.add_scalar("charts/episodic_return", episodic_return, when)
-            writer.add_scalar("charts/episodic_length", length, when)
-        scalars = {"losses/policy_loss": f1, "losses/value_loss": f2, "losses/entropy": entropy}  # f1 = -J, f2 = L
-        scalars["charts/SPS"] = (global_step - start) / (time.perf_counter() - timer)
-        for name, value in info.items():
-            scalars[f"stackelberg/cg_{name}" if name in ("residual", "iterations") else f"stackelberg/{name}"] = value
-        scalars |= {"stackelberg/lam": lam} if info else {}
-        line = f"step {global_step}: batch return unknown (no episode ended)"
+            writer.add_scalar("charts/episodic_length", episodic_length, when)
+        scalars = update_scalars(f_actor, f_critic, info, lam)
+        scalars["charts/SPS"] = (global_step - start) / (time.perf_counter() - start_time)
+        batch_return = "unknown (no episode ended)"
         if episodes:  # the paper's measure of performance: the mean over the batch's episodes that came to an end
-            scores = np.array([episodic_return for _, episodic_return, _ in episodes])
-            scalars["charts/batch_return"] = scores.mean()
-            line = f"step {global_step}: batch return {scores.mean():.2f} ± {scores.std():.2f} ({len(scores)} episodes)"
+            returns = np.array([episodic_return for _, episodic_return, _ in episodes])
+            scalars["charts/batch_return"] = returns.mean()
+            batch_return = f"{returns.mean():.2f} ± {returns.std():.2f} ({len(returns)} episodes)"
         for name, value in scalars.items():
             writer.add_scalar(name, value, global_step)
-        print(line, file=log, flush=True)
-        if global_step % (10 * args.num_steps) == 0 or global_step == end:
-            tqdm.write(line)
+        last = global_step == end
+        if last or global_step % (10 * args.num_steps) == 0:
+            tqdm.write(f"step {global_step}: batch return {batch_return}")
+            sys.stdout.flush()
 
-        if global_step - checkpoint_step >= args.checkpoint_every:
+        # Save
+        if last or global_step - checkpoint_step >= args.checkpoint_every:
             writer.flush()
-            state = {"args": vars(args), "rng": torch.get_rng_state()}
-            state["cuda_rng"] = torch.cuda.get_rng_state_all() if device.type == "cuda" else []
-            state |= {"global_step": global_step, "log_size": log.tell()}
-            save(run_dir / "checkpoint.pt", **state, actor=actor.state_dict(), critic=critic.state_dict())
+            state = {name: part.state_dict() for name, part in parts.items()}
+            state |= {"args": vars(args), "global_step": global_step}
+            state["rng"] = torch.get_rng_state()
+            state["cuda_rng"] = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+            save(run_dir / "checkpoint.pt", **state)
             checkpoint_step = global_step
+
+        # Say how far it is: a line a minute where there is no terminal for a progress bar
+        if bar.disable and time.perf_counter() - told_time > 60:
+            speed = (global_step - told_step) / (time.perf_counter() - told_time)
+            left = timedelta(seconds=round((end - global_step) / speed))
+            print(f"step {global_step} of {end}, {speed:.0f} steps/s, {left} left", flush=True)
+            told_step, told_time = global_step, time.perf_counter()
 
     if args.save_model:
         save(run_dir / "model.pt", args=vars(args), actor=actor.state_dict(), critic=critic.state_dict())
     writer.close()
-    return run_dir
+    env.close()
+    print(f"finished: {run_dir}", flush=True)
 
 
 def main():
     """The command line."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal that knows ASCII alone shows "?" for λ and ±
     args = tyro.cli(Args, description=__doc__)
-    if args.resume:  # the defaults are now the run's own flags
-        state = load(Path(args.resume) / "checkpoint.pt", args, "rng")
-        args = tyro.cli(Args, description=__doc__, default=Args(**state["args"]))
+    if args.evaluate:
+        check_args(args)
+        return play(args)
+    checkpoint = Path(args.run_dir or "") / "checkpoint.pt"
+    if args.run_dir and checkpoint.exists():  # the run's own flags are the defaults now
+        flags = load(checkpoint, args, "rng")["args"]
+        args = tyro.cli(Args, description=__doc__, default=Args(**flags))
     check_args(args)
-    if not args.evaluate:
-        return train(args)
-    state = load(args.evaluate, args, "actor")
-    env = make_env(state["args"]["env_id"], args.capture_video and Path(args.evaluate).parent / "evaluate", 10**9)
-    actor = Actor(env.observation_space, env.action_space, state["args"]["hidden"])
-    actor.load_state_dict(state["actor"])
-    returns = evaluate(actor, env, args.eval_episodes, args.seed, 2)
-    env.close()
-    print(*(f"episode {k}: return {episodic_return:.2f}" for k, episodic_return in enumerate(returns, 1)), sep="\n")
-    print(f"mean return {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes")
+    train(args)
 
 
 if __name__ == "__main__":

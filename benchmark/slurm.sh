@@ -1,4 +1,4 @@
-#!/bin/bash
+#!/usr/bin/env bash
 #SBATCH --job-name=stackelberg
 #SBATCH --ntasks=1
 #SBATCH --cpus-per-task=1
@@ -9,10 +9,11 @@
 #     SEEDS="1 2 3" benchmark/slurm.sh benchmark/stsac.sh --time=2-0 --partition=cpu
 #     SEEDS="1 2 3" sbatch --array=0-47%8 benchmark/slurm.sh benchmark/stsac.sh     # the same by hand, 8 at a time
 #
-# A task's number is the run's line in the matrix, finished or not. A task that is requeued, or submitted again after a
-# time limit, carries its run on from the checkpoint; one whose run is finished ends at once.
+# A task's number is its line of --dry-run, from 0. A task that is requeued, or submitted again, carries its run on.
+set -eo pipefail
 if [ -z "${SLURM_ARRAY_TASK_ID-}" ]; then
-  count=$("$1" --count) && mkdir -p runs/logs || exit
+  count=$("$1" --dry-run | wc -l)
+  mkdir -p runs/logs
   exec sbatch --array="0-$((count - 1))" --output=runs/logs/slurm-%A_%a.out "${@:2}" "$0" "$1"
 fi
 exec "$1" --task "$SLURM_ARRAY_TASK_ID"

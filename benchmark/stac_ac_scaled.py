@@ -3,7 +3,7 @@
 Where it differs from STAC, that is a matter of step length; where it differs from AC at the same rate, it is not. All
 else, flags included, is stac_ac.py's. Made by a launcher:
 
-    SCRIPT=benchmark/stac_ac_scaled.py TAG=-scaled VARIANTS=stac-al-m1 benchmark/stac_ac.sh
+    SCRIPT=benchmark/stac_ac_scaled.py TAG=-scaled VARIANTS=stac-every-m1 benchmark/stac_ac.sh
 """
 
 import sys
@@ -16,7 +16,7 @@ exact = stac_ac.total_derivative
 
 
 def scaled_derivative(direct, implicit):
-    """The sum of both terms, as long as the direct one; info is that of the unscaled."""
+    """direct - implicit, made as long as direct; info is that of the unscaled."""
     total, info = exact(direct, implicit)
     length = stac_ac.flatten(total).norm().clamp(min=1e-30)
     return [g * info["direct_norm"] / length for g in total], info
