@@ -1,97 +1,98 @@
-"""Figure 3 and its statistics from the TensorBoard files of runs.
+"""Figure 3 of the paper and its statistics, from finished runs.
 
     python benchmark/plot.py runs --out plots
 
 writes to the folder `plots`
 
-- figure3.png: a row for each of AC, DDPG and SAC with its Stackelberg versions, a panel for each task; mean over seeds
-  and its 95 % bootstrap interval at each step. Panels with fewer than five seeds are marked.
-- terms.png, if there are Stackelberg versions: how long the implicit term is beside the direct one, and their cosine.
+- figure3.png: a row for each algorithm, a panel for each task; mean over the seeds and its 95 % bootstrap interval. A
+  point of AC is the mean of five batches.
+- terms.png: how long the implicit term is beside the direct one, and their cosine; median, lowest and highest seed.
 - table.md, also printed: final scores and areas under the curve, how probably a Stackelberg version is better than the
   plain one, and both terms at the end. What these are exactly, it says itself.
-- curves.csv: every point of every run, and flags.json: the flags of each experiment. With --add, runs that are in these
-  two and not in the folders stay.
+- curves.csv: every point of every run; flags.json: the flags of each experiment. With --add, the runs stay that are in
+  these two and not in the folders.
 
-Returns are those that the scripts measure: of the evaluations (stddpg.py, stsac.py) or of the batches (stac_ac.py).
-A run counts if it is finished, that is, has a model.pt; the others are named and left out.
+Returns are those that the scripts measure: of the evaluations (stddpg.py, stsac.py) or of the batches (stac_ac.py). A
+run counts if it is finished, that is, has a model.pt (--save-model), which also says what the run is.
 """
 
-import csv
 import json
 import logging
 import sys
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import matplotlib
 import numpy as np
+import pandas as pd
+import torch
 import tyro
+from scipy import integrate, stats
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+import seaborn as sns  # noqa: E402
 
-logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of every run that was carried on
+logging.getLogger("tensorboard").setLevel(logging.ERROR)
 
-FEW = 5  # fewer seeds than these are marked
-LEVEL = 95  # per cent
-RESAMPLES = 10_000  # of each bootstrap
-# rows of the figure: the flag that only its script has, the tag of its returns, and what they are
+# Rows of the figure: a flag that only its script has, the tag of its returns, and the paper's tasks
 FAMILIES = {
-    "AC, STAC": ("num_steps", "charts/batch_return", "mean return of the batch"),
-    "DDPG, STDDPG": ("exploration_noise", "eval/episodic_return", "evaluation return"),
-    "SAC, STSAC": ("alpha", "eval/episodic_return", "evaluation return"),
+    "AC": ("num_steps", "charts/batch_return", "CartPole-v1 Hopper-v4 Reacher-v4 Walker2d-v4"),
+    "DDPG": ("exploration_noise", "eval/episodic_return", "HalfCheetah-v4 Hopper-v4 Reacher-v4 Walker2d-v4"),
+    "SAC": ("alpha", "eval/episodic_return", "HalfCheetah-v4 Hopper-v4 Reacher-v4 Walker2d-v4"),
 }
-# flags of the game, which a Stackelberg version and its plain one may have differently; flags that change no result but
-# for rounding
-GAME = set("leader curvature precondition lam lam_decay start_states cg_iters cg_tol".split())
-NEUTRAL = set(
-    "exp_name seed total_timesteps resume evaluate eval_every eval_episodes checkpoint_every save_model cuda "
-    "num_threads compile torch_deterministic track wandb_project_name wandb_entity capture_video".split()
-)
-COLOURS = {
-    **{"ac-m1": "#7fb2e5", "ac-m80": "#1f5fa8", "stac-al-m1": "#f0908c", "stac-al-m80": "#b8171c"},
-    **{"ac-2x-m1": "#b5b5b5", "ac-2x-m80": "#5f5f5f"},
-    **{"ddpg": "#1f5fa8", "stddpg-al": "#b8171c", "stddpg-al-gn": "#e08a1e", "stddpg-cl": "#3a9a44"},
-    **{"sac": "#1f5fa8", "stsac-al": "#b8171c", "stsac-al-gn": "#e08a1e", "stsac-cl": "#3a9a44"},
+LABELS = {  # of the launchers' experiments, in the order of tables and legends
+    "ac-m1": "AC, m = 1",
+    "ac-m80": "AC, m = 80",
+    "stac-released-m1": "STAC as released, m = 1",
+    "stac-released-m80": "STAC as released, m = 80",
+    "stac-every-m1": "STAC, every state, m = 1",
+    "stac-every-m80": "STAC, every state, m = 80",
+    "stac-every-gn-m80": "STAC, every state, Gauss–Newton, m = 80",
+    "ac-2x-m1": "control: AC, 2 × the rate, m = 1",
+    "ac-2x-m80": "control: AC, 2 × the rate, m = 80",
+    "ac-1.15x-m80": "control: AC, 1.15 × the rate, m = 80",
+    "ddpg": "DDPG",
+    "stddpg-al": "STDDPG-AL",
+    "stddpg-al-gn": "STDDPG-AL, Gauss–Newton",
+    "stddpg-cl": "STDDPG-CL",
+    "sac": "SAC",
+    "stsac-al": "STSAC-AL",
+    "stsac-al-gn": "STSAC-AL, Gauss–Newton",
+    "stsac-al-gn-mean": "control: mean of the batch",
+    "stsac-al-gn-lam-decay-1e5": "STSAC-AL, Gauss–Newton, λ decays",
+    "stsac-cl": "STSAC-CL",
 }
-OTHER_COLOURS = ["#8458b3", "#17a2a8", "#8a5a2b", "#d45fa5", "#a0a000", "#404080"]
+STUDY = {  # runs of stac_ac_rates.csv that belong in the figure
+    ("AC", 0.1): "ac-m80",
+    ("AC", 0.115): "ac-1.15x-m80",
+    ("STAC, batch", 0.1): "stac-released-m80",
+    ("STAC, every, Gauss–Newton", 0.1): "stac-every-gn-m80",
+}
+COLOURS = {"none": "#1f5fa8", "actor": "#c8262b", "critic": "#2f9440", "control": "#7a7a7a"}
+THOUSANDS = matplotlib.ticker.EngFormatter(sep="")
+DASHES = ["", (4, 1.5), (1, 1), (5, 1.5, 1, 1.5), (5, 1, 1, 1, 1, 1)]
+# Flags that change no result but for rounding, and flags of the game, which plain versions do not use
+NEUTRAL = set("exp_name seed total_timesteps run_dir evaluate eval_every eval_episodes checkpoint_every".split())
+NEUTRAL |= set("save_model cuda compile track capture_video".split())
+GAME = set("curvature precondition lam lam_decay start_states cg_iters cg_tol".split())
+KEY = ["environment", "experiment", "seed"]
+TERMS = ["stackelberg/implicit_norm", "stackelberg/direct_norm", "stackelberg/cosine"]
+SCORES = ["final score", "area under the curve"]
+AC_STEPS = 20_000  # of a point of AC
+FEW = 5  # fewer seeds than these are marked
 
 
 @dataclass
 class Args:
-    folders: tyro.conf.Positional[tuple[Path, ...]] = (Path("runs"),)
-    """folders of run folders"""
-    out: Path = Path("plots")
-    """the folder to write to"""
-    smooth: int = 1
-    """draw the mean of this many last points of a run; the scores are of the runs as they are"""
-    unfinished: bool = False
-    """count runs that are not finished, too, as far as they are"""
-    add: bool = False
-    """add to the curves.csv of the folder written to: its runs count, too, unless a folder has the same run"""
-
-
-class Run(NamedTuple):
-    family: str
-    environment: str
-    experiment: str
-    seed: int
-    flags: dict[str, str]
-    steps: np.ndarray
-    """environment steps [T], rising"""
-    returns: np.ndarray
-    """[T]"""
-    terms: np.ndarray
-    """[T, 2] |implicit| / |direct| and the cosine of the two, medians over the updates since the last return, or NaN"""
+    folders: tyro.conf.Positional[tuple[Path, ...]] = (Path("runs"),)  # folders of run folders
+    out: Path = Path("plots")  # the folder to write to
+    add: bool = False  # add to the curves.csv that is there
 
 
 def stop(message):
-    """Ends the program with one line on stderr."""
-    print(f"plot.py: error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(f"plot.py: error: {message}")
 
 
 def note(message):
@@ -99,201 +100,162 @@ def note(message):
 
 
 # Runs
-def read_run(folder):
-    """The run in a folder; None if it is of no family or has no returns yet."""
-    # critical: without the sizes TensorBoard keeps a random sample. It drops what a killed run wrote after its last
-    # checkpoint: the scripts say from which step on (purge_step).
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})
-    events.Reload()
-    tags = events.Tags()
-    if "hyperparameters/text_summary" not in tags["tensors"]:
+def family_of(flags):
+    return next((family for family, (flag, _, _) in FAMILIES.items() if flag in flags), None)
+
+
+def as_text(args):
+    """The flags that a result hangs on."""
+    return {flag: str(args[flag]) for flag in sorted(args.keys() - NEUTRAL)}
+
+
+def read_model(path):
+    """All flags of a finished run; None if the file is damaged or another program's."""
+    try:
+        model = torch.load(path, map_location="cpu", weights_only=True)
+        args, algorithm = model["args"], model["algorithm"]
+        plain = algorithm.removeprefix("st")
+        args["exp_name"] = args["exp_name"] or {"none": plain}.get(args["leader"], f"{algorithm}-{args['leader'][0]}l")
+        known = {"env_id", "seed", "total_timesteps"} <= args.keys()
+        return args if known and family_of(args) else None
+    except Exception:  # a file can hold anything
         return None
-    (table,) = events.Tensors("hyperparameters/text_summary")[0].tensor_proto.string_val
-    flags = dict(line[1:-1].split("|", 1) for line in table.decode().splitlines()[2:])
-    _, experiment, seed, _ = folder.name.rsplit("__", 3)
-    for family, (flag, tag, _) in FAMILIES.items():
-        if flag in flags and tag in tags["scalars"]:
-            points = np.array([(event.step, event.value) for event in events.Scalars(tag)])
-            key = family, flags["env_id"], experiment, int(seed)
-            return Run(*key, flags, *points.T, read_terms(events, points[:, 0]))
-    return None
 
 
-def read_terms(events, steps):
-    """A run's `terms` at the steps of its returns."""
-    terms = np.full((len(steps), 2), np.nan)
-    tags = [f"stackelberg/{name}" for name in ("direct_norm", "implicit_norm", "cosine")]
-    if set(tags) <= set(events.Tags()["scalars"]):
-        when = np.array([event.step for event in events.Scalars(tags[0])])
-        direct, implicit, cosine = ([event.value for event in events.Scalars(tag)] for tag in tags)
-        values = np.column_stack([implicit / np.maximum(direct, np.finfo(np.float32).tiny), cosine])
-        for i, end in enumerate(np.searchsorted(when, steps, side="right")):
-            begin = np.searchsorted(when, steps[i - 1], side="right") if i else 0
-            if begin < end:
-                terms[i] = np.median(values[begin:end], axis=0)
-    return terms
+def read_events(folder, tags):
+    """A run's scalars, a row for each step, a column for each tag.
+
+    A run that was carried on has a file for each part, and a part counts up to the first step of the next one. Clocks
+    can be set back, so the parts' order is that of their first steps. Two parts have the same if one was killed before
+    its next checkpoint; then the longer one is the later one.
+    """
+    parts = []
+    for path in folder.glob("events.out.tfevents.*"):
+        events = EventAccumulator(str(path), size_guidance={"scalars": 0}, purge_orphaned_data=False)  # 0: all of them
+        events.Reload()
+        columns = {}
+        for tag in set(tags) & set(events.Tags()["scalars"]):
+            columns[tag] = pd.Series({event.step: event.value for event in events.Scalars(tag)})
+        if columns:
+            parts.append(pd.DataFrame(columns).sort_index())
+    run = pd.DataFrame(columns=tags, dtype=float)
+    for part in sorted(parts, key=lambda part: (part.index[0], part.index[-1])):
+        run = pd.concat([run[run.index < part.index[0]], part])
+    return run
+
+
+def read_run(folder, args):
+    """The curve of a finished run, with medians of |implicit| / |direct| and of the cosine since the last return."""
+    tag = FAMILIES[family_of(args)][1]
+    events = read_events(folder, [tag, *TERMS])
+    events = events[events.index <= args["total_timesteps"]]  # a finished run may be on its way to more
+    returns = events[tag].dropna()
+    implicit, direct, cosine = (events[term] for term in TERMS)
+    ratio = implicit / direct.clip(lower=np.finfo(np.float32).tiny)  # a policy that has died has no gradient
+    since = np.searchsorted(returns.index, events.index)
+    terms = pd.DataFrame({"ratio": ratio, "cosine": cosine}).groupby(since).median().reindex(range(len(returns)))
+    run = {"environment": args["env_id"], "experiment": args["exp_name"], "seed": args["seed"], "step": returns.index}
+    return pd.DataFrame(run | {"return": returns.values}).join(terms)
 
 
 def read_csv(folder):
-    """{key: run} of what `write` has written there."""
-    flags, rows = json.loads((folder / "flags.json").read_text()), defaultdict(list)
-    with open(folder / "curves.csv", newline="") as file:
-        for environment, experiment, seed, *values in list(csv.reader(file))[1:]:
-            rows[environment, experiment, int(seed)].append([float(value or "nan") for value in values])
+    """What `write` has written: {(environment, experiment, seed): curve} and {(environment, experiment): flags}."""
+    curves = pd.read_csv(folder / "curves.csv").groupby(KEY)
+    flags = json.loads((folder / "flags.json").read_text())
+    return dict(iter(curves)), {tuple(key.split("__", 1)): mine for key, mine in flags.items()}
+
+
+def read(folders, curves, flags):
+    """Adds all finished runs to what read_csv returns; stops where the runs of one experiment have unequal flags."""
     found = {}
-    for (environment, experiment, seed), values in rows.items():
-        mine, values = flags[f"{environment}__{experiment}"], np.array(values)
-        family = next(family for family, (flag, _, _) in FAMILIES.items() if flag in mine)
-        key = family, environment, experiment, seed
-        found[key] = Run(*key, mine, values[:, 0], values[:, 1], values[:, 2:])
-    return found
+    for folder in sorted({path.parent for top in folders for path in top.rglob("*.pt")}):
+        if not (folder / "model.pt").exists():
+            note(f"left out, not finished: {folder}")
+            continue
+        args = read_model(folder / "model.pt")
+        if args is None:
+            note(f"left out, damaged or of another program: {folder / 'model.pt'}")
+            continue
+        run = read_run(folder, args)
+        key = args["env_id"], args["exp_name"], args["seed"]
+        if run.empty:
+            note(f"left out, no returns: {folder}")
+            continue
+        if key in found:
+            note(f"left out, the same run as {found[key]}: {folder}")
+            continue
+        curves[key] = run
+        found[key] = folder
+        mine = as_text(args)
+        known = flags.setdefault(key[:2], mine)
+        unused = GAME if args["leader"] == "none" else set()
+        for flag in sorted(mine.keys() & known.keys() - unused):
+            if mine[flag] != known[flag]:
+                stop(f"{folder} has {flag} {mine[flag]}, another run of {key[1]} on {key[0]} has {known[flag]}")
 
 
-def read(folders, unfinished, earlier=None):
-    """All runs that count, those of one experiment one after the other; `earlier` is {key: run}."""
-    found = {}
-    for folder in folders:
-        if not folder.is_dir():
-            stop(f"no folder {folder}")
-        for path in sorted(path.parent for path in folder.glob("*__*/checkpoint.pt")):
-            run = read_run(path)
-            if run is None:
-                note(f"left out, no returns yet: {path}")
-            elif not unfinished and not (path / "model.pt").exists():
-                total = int(run.flags["total_timesteps"])
-                note(f"left out, not finished: {path} (step {run.steps[-1]:,.0f} of {total:,})")
-            else:
-                key = (*run[:4],)
-                if key in found:
-                    note(
-                        f"more than one run of {run.experiment}, {run.environment}, seed {run.seed}: the longest counts"
-                    )
-                found[key] = max(run, found.get(key, run), key=lambda run: run.steps[-1])
-    found = (earlier or {}) | found
-    names = list({**COLOURS, **{run.experiment: "" for run in found.values()}})
-    return sorted(
-        found.values(),
-        key=lambda run: (list(FAMILIES).index(run.family), run[1], names.index(run.experiment), run.seed),
-    )
+def in_order(runs):
+    """The experiments in the order of LABELS."""
+    runs["experiment"] = pd.Categorical(runs.experiment, [*dict.fromkeys([*LABELS, *runs.experiment])])
+    return runs.sort_values(["family", *KEY, "step"], ignore_index=True)
 
 
-def group(runs):
-    """{family: {environment: {experiment: list of runs}}}; stops if an experiment has runs with unequal flags."""
-    groups = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-    for run in runs:
-        same = groups[run.family][run.environment][run.experiment]
-        same.append(run)
-        for flag in same[0].flags.keys() & run.flags.keys() - NEUTRAL:
-            if same[0].flags[flag] != run.flags[flag]:
-                values = f"{same[0].flags[flag]} with seed {same[0].seed}, {run.flags[flag]} with seed {run.seed}"
-                stop(f"{run.experiment}, {run.environment}: runs of one name have unequal flags: {flag} is {values}")
-    return groups
+def write(runs, flags, folder):
+    """curves.csv and flags.json."""
+    curves = runs[[*KEY, "step", "return", "ratio", "cosine"]].copy()
+    for name, form in (("return", "{:.7g}"), ("ratio", "{:.4g}"), ("cosine", "{:.4g}")):
+        curves[name] = curves[name].map(form.format, na_action="ignore")
+    curves.to_csv(folder / "curves.csv", index=False)
+    kept = {"__".join(key): mine for key, mine in flags.items()}
+    (folder / "flags.json").write_text(json.dumps(kept, indent=1) + "\n")
 
 
-def align(runs, of=lambda run: run.returns):
-    """Steps [T] to the last that all runs have come to, and returns [runs, T], interpolated where one has no point.
-
-    of: what to take of a run instead of its returns, [T].
-    """
-    first, last = max(run.steps[0] for run in runs), min(run.steps[-1] for run in runs)
-    steps = np.unique(np.concatenate([run.steps for run in runs]))
-    steps = steps[(steps >= first) & (steps <= last)]
-    if not len(steps):
-        stop(f"{runs[0].environment}: no step is common to all runs of {runs[0].family}")
-    return steps, np.array([np.interp(steps, run.steps, of(run)) for run in runs])
+# Statistics
+def iqm(*tasks, axis=-1):
+    """Interquartile mean of all scores: without the best and the worst quarter, rounded down."""
+    return stats.trim_mean(np.concatenate(tasks, axis), 0.25, axis)
 
 
-# Statistics, in numpy: rliable, which has these definitions, brings half a gigabyte of packages and does not work with
-# pandas 3, and it wants as many seeds in each task.
-def generator():
-    """A new one for each estimate, so that none depends on which others are made."""
-    return np.random.default_rng(0)
+def improvement(*tasks, axis=-1):
+    """P(X > Y) + P(X = Y) / 2 over all pairs of the scores X and Y of a task; mean over tasks X1, Y1, X2, Y2, …"""
+    shares = []
+    for x, y in zip(tasks[::2], tasks[1::2]):
+        wins = stats.mannwhitneyu(x, y, axis=axis, method="asymptotic").statistic
+        shares.append(wins / (x.shape[axis] * y.shape[axis]))
+    return np.mean(shares, axis=0)
 
 
-def resample(values, rng):
-    """values [n] -> [RESAMPLES, n], each row drawn from them with replacement."""
-    return values[rng.integers(len(values), size=(RESAMPLES, len(values)))]
+def interval(samples, statistic=iqm):
+    """The 95 % bootstrap interval. Seeds are drawn within each sample; each call draws anew from the same seed."""
+    options = {"method": "percentile", "n_resamples": 10_000, "rng": np.random.default_rng(0)}
+    with np.errstate(all="ignore"):  # of p-values that nobody asked for, where all of a draw is equal
+        return stats.bootstrap(samples, statistic, **options).confidence_interval
 
 
-def interval(samples):
-    """The percentile interval of bootstrap samples, first axis RESAMPLES."""
-    return np.percentile(samples, [50 - LEVEL / 2, 50 + LEVEL / 2], axis=0)
-
-
-def mean_interval(returns, rng):
-    """returns [n, T] -> the interval [2, T] of their mean over n."""
-    draws = rng.multinomial(len(returns), np.full(len(returns), 1 / len(returns)), size=RESAMPLES)
-    return interval(draws @ returns / len(returns))
-
-
-def iqm(scores):
-    """Interquartile mean over the last axis: without the best and the worst quarter (of n: n/4 rounded down) each."""
-    cut = scores.shape[-1] // 4
-    return np.sort(scores)[..., cut : scores.shape[-1] - cut].mean(-1)
-
-
-def iqm_interval(tasks, rng):
-    """tasks: an array of scores for each task. The IQM of all, and its interval; seeds are drawn within each task."""
-    return iqm(np.concatenate(tasks)), interval(iqm(np.concatenate([resample(x, rng) for x in tasks], axis=1)))
-
-
-def improvement(x, y):
-    """P(X > Y) + P(X = Y) / 2 for scores x [..., n] and y [..., m], over all their pairs."""
-    x, y = x[..., :, None], y[..., None, :]
-    return ((x > y) + 0.5 * (x == y)).mean((-2, -1))
-
-
-def improvement_interval(tasks, rng):
-    """tasks: (x, y) for each task. Their improvement, mean over the tasks, and its interval; drawn within each task."""
-    samples = np.mean([improvement(resample(x, rng), resample(y, rng)) for x, y in tasks], axis=0)
-    return np.mean([improvement(x, y) for x, y in tasks]), interval(samples)
-
-
-# Scores
-def final_score(steps, returns):
-    """Mean of the points in the last tenth of the steps: returns [n, T] -> [n]."""
-    return returns[:, steps > 0.9 * steps[-1]].mean(1)
-
-
-def area_under_curve(steps, returns):
-    """Trapezoid rule, divided by the length in steps, so that it is a mean return: returns [n, T] -> [n]."""
-    if len(steps) == 1:
-        return returns[:, 0]
-    return ((returns[:, 1:] + returns[:, :-1]) / 2 * np.diff(steps)).sum(1) / (steps[-1] - steps[0])
-
-
-SCORES = {"final score": final_score, "area under the curve": area_under_curve}
-
-
-def score(panel):
-    """{experiment: {name of the score: [n]}} of a panel's runs, up to the last step common to all, and that step."""
-    steps, returns = align([run for runs in panel.values() for run in runs])
-    seeds = np.cumsum([len(runs) for runs in panel.values()])[:-1]
-    parts = zip(panel, np.split(returns, seeds))
-    return {name: {key: f(steps, part) for key, f in SCORES.items()} for name, part in parts}, int(steps[-1])
-
-
-def by_length(panel):
-    """For each step at which an experiment of the panel ends: the panel of the experiments that have come to it."""
-    ends = {name: min(run.steps[-1] for run in runs) for name, runs in panel.items()}
-    return [{name: panel[name] for name in panel if ends[name] >= end} for end in sorted({*ends.values()})]
-
-
-def plain(run, panel):
-    """The name of the plain experiment in a run's panel that has the flags of `run` but for the game's; else None."""
-    for name, (other, *_) in panel.items():
-        common = run.flags.keys() & other.flags.keys() - NEUTRAL - GAME
-        if other.flags["leader"] == "none" and all(run.flags[flag] == other.flags[flag] for flag in common):
-            return name
-    return None
+def score(runs, experiments):
+    """The SCORES of each run, to the last step that all have come to; and this step. Interpolates between steps."""
+    curves = runs[runs.experiment.isin(experiments)].pivot(index="step", columns=KEY[1:], values="return")
+    curves = curves.interpolate("index", limit_area="inside").dropna()
+    if curves.empty:
+        stop(f"{runs.environment.iloc[0]}: no step is common to all of {', '.join(experiments)}")
+    first, last = curves.index[[0, -1]]
+    final = curves[curves.index > 0.9 * last].mean()
+    area = integrate.trapezoid(curves, curves.index, axis=0) / (last - first) if last > first else final
+    return pd.DataFrame({SCORES[0]: final, SCORES[1]: area}), last
 
 
 # Tables
-def cell(estimate, seeds, digits):
-    """An estimate and its interval, if more than one seed stands behind it."""
-    value, (low, high) = estimate
-    form = lambda x: f"{x:,.{digits}f}".replace("-", "−")  # noqa: E731
-    return f"{form(value)} ({form(low)} to {form(high)})" if seeds > 1 else form(value)
+def label(experiment):
+    return LABELS.get(experiment, experiment)
+
+
+def digits(values):
+    """Decimals that leave about four digits."""
+    return int(np.clip(3 - np.floor(np.log10(np.abs(values).max() + 1e-9)), 0, 3))
+
+
+def number(value, places):
+    return f"{value:,.{places}f}".replace("-", "−")
 
 
 def span(values):
@@ -302,254 +264,237 @@ def span(values):
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
-def mark(seeds):
+def mark(samples):
     """The number of seeds, marked where it is small."""
+    seeds = [len(sample) for sample in samples]
     return span(seeds) + " †" * (min(seeds) < FEW)
 
 
-def table(head, rows):
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows]) + "\n"
-
-
-def digits(values):
-    """Decimals that leave about four digits."""
-    return int(np.clip(3 - np.floor(np.log10(np.abs(values).max() + 1e-9)), 0, 3))
-
-
-def score_rows(panels):
-    """Rows of the table of scores of one family; at the end over tasks, of the experiments that all of them have."""
-    for environment, panel in panels.items():
-        for part in by_length(panel):
-            values, horizon = score(part)
-            places = digits(np.concatenate([x for both in values.values() for x in both.values()]))
-            for name, both in values.items():
-                n = len(part[name])
-                cells = [cell(iqm_interval([x], generator()), n, places) for x in both.values()]
-                yield environment, name, mark([n]), f"{horizon:,}", *cells
-    names = [name for name in next(iter(panels.values())) if all(name in panel for panel in panels.values())]
-    if len(panels) == 1 or len(names) < 2:
-        return
-    values, horizons = zip(*(score({name: panel[name] for name in names}) for panel in panels.values()))
-    for name in names:
-        cells, seeds = [], [len(panel[name]) for panel in panels.values()]
-        for key in SCORES:
-            pools = [np.concatenate([both[key] for both in value.values()]) for value in values]
-            tasks = [(v[name][key] - pool.min()) / max(np.ptp(pool), 1e-9) for v, pool in zip(values, pools)]
-            cells.append(cell(iqm_interval(tasks, generator()), min(seeds), 3))
-        yield f"{len(panels)} tasks, 0 to 1", name, mark(seeds), span(horizons), *cells
-
-
-def improvement_rows(panels):
-    """Rows of the table of improvements of one family: Stackelberg versions over their plain one and their base."""
-    pairs = defaultdict(list)
-    for environment, panel in panels.items():
-        for name, (run, *_) in panel.items():
-            if run.flags["leader"] != "none":
-                base = max((other for other in panel if name.startswith(f"{other}-")), key=len, default=None)
-                for other in dict.fromkeys((plain(run, panel), base)):  # once, if both are the same
-                    if other:
-                        pairs[name, other].append(environment)
-    for (name, other), environments in pairs.items():
-        for tasks in [*([e] for e in environments), *([environments] if len(environments) > 1 else [])]:
-            seeds = [len(panels[environment][x]) for environment in tasks for x in (name, other)]
-            both = [{x: panels[environment][x] for x in (name, other)} for environment in tasks]
-            values, horizons = zip(*map(score, both))
-            cells = []
-            for key in SCORES:
-                scores = [(value[name][key], value[other][key]) for value in values]
-                cells.append(cell(improvement_interval(scores, generator()), min(seeds), 2))
-            title = tasks[0] if len(tasks) == 1 else f"{len(tasks)} tasks"
-            yield title, name, other, mark(seeds), span(horizons), *cells
-
-
-def term_rows(panels):
-    """Rows of the table of both terms: of each run the median in the last tenth of its steps, lowest and highest."""
-    for environment, panel in panels.items():
-        for name, runs in panel.items():
-            if any(has_terms(run) for run in runs):
-                last = [run.terms[run.steps > 0.9 * run.steps[-1]] for run in runs if has_terms(run)]
-                ends = np.array([np.nanmedian(terms, axis=0) for terms in last])
-                cells = [f"{low:.2g} to {high:.2g}".replace("-", "−") for low, high in zip(ends.min(0), ends.max(0))]
-                yield environment, name, mark([len(ends)]), *cells
-
-
-def report(groups):
-    """The text of table.md."""
-    rows, improvements, terms = [], [], []
-    for panels in groups.values():
-        rows += score_rows(panels)
-        improvements += improvement_rows(panels)
-        terms += term_rows(panels)
-    text = f"""Interquartile mean over seeds (without the best and the worst quarter, rounded down) and its {LEVEL} %
-bootstrap interval. Steps: a task has a row for each step at which one of its experiments ends, and each experiment that
-has come to it; no later point counts. Final score: mean of a run's returns in the last tenth of these steps. Area under
-the curve: mean return over these steps (trapezoid rule). † fewer than {FEW} seeds: the interval is too narrow, do not
-rely on it.
-
-"""
-    text += table(["task", "run", "seeds", "steps", *SCORES], rows)
-    if any("tasks" in row[0] for row in rows):
-        text += """
-Over tasks: the experiments made in each of them, to the last step that they have in common there; each score scaled to
-0 (the worst run of the task) to 1 (the best); the interval draws seeds within each task.
-"""
-    if improvements:
-        text += f"""
-Probability of improvement: how often a seed of the Stackelberg version beats a seed of the plain one with the same
-other flags, or of the version whose name its own extends, to the last step that both have come to; ties count half;
-{LEVEL} % bootstrap interval, seeds drawn within each task. 0.5: no difference. Where every seed of one beats every seed
-of the other, the interval has no width, however few the seeds.
-
-"""
-        text += table(["task", "version", "over", "seeds", "steps", *SCORES], improvements)
-    if terms:
-        text += """
-Both terms of the total derivative at the end: medians over the last tenth of a run, from the lowest to the highest
-seed.
-
-"""
-        text += table(["task", "version", "seeds", "implicit / direct", "cosine"], terms)
+def cell(samples, statistic, places):
+    """An estimate, and its interval if there is more than one seed."""
+    text = number(statistic(*samples), places)
+    if min(map(len, samples)) > 1:
+        low, high = interval(samples, statistic)
+        text += f" ({number(low, places)} to {number(high, places)})"
     return text
 
 
-# Figure
-def smoothed(returns, points):
-    """The mean of a run's last `points` points, or of as many as there are: [n, T] -> [n, T]."""
-    sums = np.cumsum(np.pad(returns, [(0, 0), (1, 0)]), 1)
-    stops = np.arange(1, returns.shape[1] + 1)
-    starts = np.maximum(stops - points, 0)
-    return (sums[:, stops] - sums[:, starts]) / (stops - starts)
+def table(rows):
+    """Rows of equal keys as markdown."""
+    if not rows:
+        return "(none)\n"
+    lines = [rows[0].keys(), ["---"] * len(rows[0]), *(row.values() for row in rows)]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
 
 
-def style(axes):
-    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
-    axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
-    axes.set_xlim(left=0)
-    axes.set_xlabel("environment steps")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+def compare(tasks, environments, names, items, statistic):
+    """Rows for these tasks, to the last step that the experiments `names` have come to: one for each of `items`."""
+    scores, lasts = zip(*(score(tasks[environment], names) for environment in environments))
+    title, places = environments[0], digits(scores[0].values)
+    if len(environments) > 1:
+        title, places = f"{len(environments)} tasks", 3
+        scores = [(task - task.min()) / (task.max() - task.min()) for task in scores]
+    if statistic is improvement:
+        places = 2
+    for item in items:
+        samples = [task.loc[name] for task in scores for name in item]
+        row = {"task": title, "steps": span(lasts), "run": " over ".join(map(label, item)), "seeds": mark(samples)}
+        for column in SCORES:
+            row[column] = cell([sample[column] for sample in samples], statistic, places)
+        yield row
 
 
-def draw_panel(axes, environment, panel, colours, points, rng):
-    """One panel: a curve for each experiment, as far as all its seeds are."""
-    seeds, horizons = [len(runs) for runs in panel.values()], []
-    for name, runs in panel.items():
-        steps, returns = align(runs)
-        returns = smoothed(returns, points)
-        axes.plot(steps, returns.mean(0), color=colours[name], lw=1.3, label=name, marker="." * (len(steps) == 1))
-        if len(runs) > 1:
-            axes.fill_between(steps, *mean_interval(returns, rng), color=colours[name], alpha=0.18, lw=0)
-        horizons.append(int(steps[-1]))
-    axes.set_title(environment, fontsize=11, pad=21)
-    few, thousand = min(seeds) < FEW, matplotlib.ticker.EngFormatter(sep="")
-    text = f"{span(seeds)} seed{'s' * (max(seeds) > 1)}"
-    text += f" ({'some ' * (max(seeds) >= FEW)}fewer than {FEW})" if few else ""
-    text += f", {' to '.join(thousand(step) for step in sorted({min(horizons), max(horizons)}))} steps"
-    box = {"boxstyle": "round", "facecolor": "#ffe08a" if few else "none", "edgecolor": "none"}
-    where = {"xy": (0.5, 1), "xytext": (0, 9), "xycoords": "axes fraction", "textcoords": "offset points"}
-    axes.annotate(text, **where, ha="center", fontsize=8, bbox=box)
-    style(axes)
+def score_rows(tasks):
+    """The scores on each task at each step where an experiment ends; over all tasks, of the experiments in each."""
+    for environment, runs in tasks.items():
+        ends = runs.groupby(KEY[1:], observed=True).step.max().groupby("experiment", observed=True).min()
+        for end in sorted(set(ends)):
+            names = ends.index[ends >= end]
+            yield from compare(tasks, [environment], names, zip(names), iqm)
+    common = [name for name in ends.index if all((runs.experiment == name).any() for runs in tasks.values())]
+    if len(tasks) > 1 and len(common) > 1:
+        yield from compare(tasks, [*tasks], common, zip(common), iqm)
 
 
-def colours_of(groups):
-    """{experiment: colour}"""
-    names = {name: None for panels in groups.values() for panel in panels.values() for name in panel}
-    others = iter(OTHER_COLOURS * len(names))
-    return {name: COLOURS[name] if name in COLOURS else next(others) for name in names}
+def others(name, flags):
+    """What a Stackelberg version of a task is held against: the plain one with its other flags, and its base."""
+    if flags[name]["leader"] != "none":
+        for other in flags:
+            common = flags[name].keys() & flags[other].keys() - GAME - {"leader"}
+            if flags[other]["leader"] == "none" and all(flags[name][flag] == flags[other][flag] for flag in common):
+                yield other
+                break
+        yield from sorted((other for other in flags if name.startswith(f"{other}-")), key=len)[-1:]
 
 
-def draw(groups, points, path):
-    """Figure 3: a row for each family, a panel for each task."""
-    rng, colours = np.random.default_rng(0), colours_of(groups)
-    columns = max(len(panels) for panels in groups.values())
-    curves = [len({name for panel in panels.values() for name in panel}) for panels in groups.values()]
-    heights = [max(3.2, 1 + 0.2 * number) for number in curves]  # inches, room for the legend
-    figure = plt.figure(figsize=(1.8 + 3.3 * columns, sum(heights)), layout="constrained")
-    rows = np.atleast_1d(figure.subfigures(len(groups), 1, height_ratios=heights))
-    for row, (family, panels) in zip(rows, groups.items()):
-        all_axes = row.subplots(1, columns, squeeze=False)[0]
-        for axes, (environment, panel) in zip(all_axes, panels.items()):
-            draw_panel(axes, environment, panel, colours, points, rng)
-        for axes in all_axes[len(panels) :]:
-            axes.set_axis_off()
-        smoothing = f",\nmean of the last {points} points" if points > 1 else ""
-        all_axes[0].set_ylabel(FAMILIES[family][2] + smoothing)
-        handles = {label: h for axes in all_axes for h, label in zip(*axes.get_legend_handles_labels())}
-        legend = {name: handles[name] for name in colours if name in handles}
-        place = {"frameon": False, "fontsize": 9, "alignment": "left"}
-        title = f"{family}\nmean and {LEVEL} %\nbootstrap interval"
-        row.legend(legend.values(), legend.keys(), loc="outside right upper", title=title, **place)
+def improvement_rows(tasks, flags):
+    """Each pair on each task that has it, and over these tasks."""
+    pairs = {}
+    for environment, runs in tasks.items():
+        mine = {name: flags[environment, name] for name in runs.experiment.unique()}
+        for name in mine:
+            for other in dict.fromkeys(others(name, mine)):
+                pairs.setdefault((name, other), []).append(environment)
+    for pair, environments in pairs.items():
+        for environment in environments:
+            yield from compare(tasks, [environment], pair, [pair], improvement)
+        if len(environments) > 1:
+            yield from compare(tasks, environments, pair, [pair], improvement)
+
+
+def term_rows(tasks):
+    """Both terms at the end: of each run the medians in the last tenth of its steps, the lowest and the highest."""
+    for environment, runs in tasks.items():
+        last = runs.groupby(KEY[1:], observed=True).step.transform("max")
+        runs = runs[runs.step > 0.9 * last].dropna().groupby(KEY[1:], observed=True)[["ratio", "cosine"]].median()
+        for name, medians in runs.groupby("experiment", observed=True):
+            low, high = medians.min(), medians.max()
+            row = {"task": environment, "version": label(name), "seeds": mark([medians])}
+            for key, title in (("ratio", "implicit / direct"), ("cosine", "cosine")):
+                row[title] = f"{low[key]:.2g} to {high[key]:.2g}".replace("-", "−")
+            yield row
+
+
+def report(runs, flags):
+    """The text of table.md."""
+    scores, improvements, terms = [], [], []
+    for _, mine in runs.groupby("family"):
+        tasks = dict(iter(mine.groupby("environment")))
+        scores += score_rows(tasks)
+        improvements += improvement_rows(tasks, flags)
+        terms += term_rows(tasks)
+    return f"""\
+Interquartile mean over seeds (without the best and the worst quarter, rounded down) and its 95 % bootstrap interval.
+Steps: a task has a row for each step at which one of its experiments ends, and each experiment that has come to it; no
+later point counts. Final score: mean of a run's returns in the last tenth of these steps. Area under the curve: mean
+return over these steps (trapezoid rule). Over tasks: the experiments made in each of them, to the last step that they
+have in common there; each score scaled to 0 (the worst run of the task) to 1 (the best); seeds are drawn within each
+task. † fewer than {FEW} seeds: the interval is too narrow, do not rely on it.
+
+{table(scores)}
+Probability of improvement: how often a seed of the Stackelberg version beats a seed of the plain one with the same
+other flags, or of the version whose name its own extends, to the last step that both have come to; ties count half;
+95 % bootstrap interval. 0.5: no difference. Where every seed of one beats every seed of the other, the interval has no
+width, however few the seeds.
+
+{table(improvements)}
+Both terms of the total derivative at the end: medians over the last tenth of a run, the lowest and the highest seed.
+
+{table(terms)}"""
+
+
+# Figures
+def with_study(runs, path):
+    """Adds runs of stac_ac_rates.csv to the figure, on tasks where AC was not run else."""
+    done = set(runs.environment[runs.family == "AC"])
+    study = pd.read_csv(path)
+    study = study[(study.m == 80) & ~study.environment.isin(done)]
+    study["experiment"] = [STUDY.get(key) for key in zip(study.arm, study.rate)]
+    study["leader"] = np.where(study.arm == "AC", "none", "actor")
+    return in_order(pd.concat([runs, study.dropna(subset="experiment").assign(family="AC")]))
+
+
+def styles(runs):
+    """How seaborn draws the experiments of a family: one colour for each role, and dashes within it."""
+    colours, dashes = {}, {}
+    for name, leader in runs.groupby("experiment", observed=True).leader.first().items():
+        colour = COLOURS["control" if label(name).startswith("control") else leader]
+        dashes[name] = DASHES[[*colours.values()].count(colour) % len(DASHES)]
+        colours[name] = colour
+    order = [*colours]
+    lines = {"hue": "experiment", "hue_order": order, "palette": colours}
+    return lines | {"style": "experiment", "style_order": order, "dashes": dashes}
+
+
+def band(returns):
+    return interval([returns.values], np.mean)
+
+
+def draw_panel(ax, runs, style):
+    """One task: a curve for each experiment, and how many seeds and steps stand behind it."""
+    ends = runs.groupby(KEY[1:], observed=True).step.max().groupby("experiment", observed=True).agg(["min", "size"])
+    title = f"{span(ends['size'])} seeds, {' to '.join(map(THOUSANDS, sorted(set(ends['min']))))} steps"
+    if runs.family.iloc[0] == "AC":
+        title += f", noise {runs.noise.max():g}"
+        runs = runs.assign(step=np.ceil(runs.step / AC_STEPS) * AC_STEPS)
+        runs = runs.groupby([*KEY, "step"], as_index=False, observed=True)["return"].mean()
+    sns.lineplot(runs, x="step", y="return", errorbar=band, ax=ax, legend=False, lw=1.2, **style)
+    ax.set_title(f"{runs.environment.iloc[0]}\n{title}", fontsize=9)
+    ax.xaxis.set_major_formatter(THOUSANDS)
+
+
+def draw(runs, path):
+    """Figure 3: the paper's panels, further ones for other tasks, and below what the lines are."""
+    tasks = {}
+    for family, (_, _, names) in FAMILIES.items():
+        tasks[family] = [*dict.fromkeys([*names.split(), *runs.environment[runs.family == family]])]
+    columns = max(map(len, tasks.values()))
+    figure, grid = plt.subplots(len(tasks), columns, figsize=(2.75 * columns, 9), layout="constrained")
+    legend = []
+    for axes, family in zip(grid, tasks):
+        mine = runs[runs.family == family]
+        style = styles(mine)
+        for ax, task in zip(axes, tasks[family]):
+            if task in set(mine.environment):
+                draw_panel(ax, mine[mine.environment == task], style)
+            else:
+                ax.text(0.5, 0.5, "not run", ha="center", transform=ax.transAxes, color="grey")
+                ax.set_title(task, fontsize=9)
+                ax.set(xticks=[], yticks=[])
+            ax.set(xlabel="", ylabel="")
+        axes[0].set_ylabel(f"{family}: return")
+        for name, colour in style["palette"].items():
+            legend.append(plt.Line2D([], [], color=colour, dashes=style["dashes"][name] or (1, 0), label=label(name)))
+        legend += [plt.Line2D([], [], alpha=0, label=" ")] * (-len(legend) % 5)  # a new column
+    for ax in grid[-1]:
+        ax.set_xlabel("environment steps")
+    figure.legend(handles=legend, ncols=len(legend) // 5, loc="outside lower center", frameon=False, fontsize=8)
+    sns.despine(figure)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
-def has_terms(run):
-    return not np.isnan(run.terms).all()
-
-
-def draw_terms(groups, path):
-    """Two panels for each task, length and cosine of the implicit term; median over the seeds, lowest and highest."""
-    panels = [
-        (environment, name, [run for run in runs if has_terms(run)])
-        for family in groups.values()
-        for environment, panel in family.items()
-        for name, runs in panel.items()
-        if any(map(has_terms, runs))
-    ]
-    titles = list(dict.fromkeys((environment, runs[0].family) for environment, _, runs in panels))
-    colours, size = colours_of(groups), (1 + 3.3 * len(titles), 5.5)
-    figure, axes = plt.subplots(2, len(titles), figsize=size, layout="constrained", squeeze=False)
-    for environment, name, runs in panels:
-        column = titles.index((environment, runs[0].family))
-        for i, ax in enumerate(axes[:, column]):
-            steps, values = align(runs, lambda run: run.terms[:, i])  # noqa: B023
-            ax.plot(steps, np.median(values, axis=0), color=colours[name], lw=1.3, label=name)
-            ax.fill_between(steps, values.min(0), values.max(0), color=colours[name], alpha=0.18, lw=0)
-    for (top, bottom), (environment, _) in zip(axes.T, titles):
-        style(top)  # critical: only now, because its set_xlim ends autoscaling
-        style(bottom)
-        top.set_title(environment, fontsize=11)
-        top.set(yscale="log", ylabel="|implicit| / |direct|")
-        low, high = top.get_ylim()
-        top.yaxis.set_major_formatter("{x:g}")
-        top.yaxis.set_minor_formatter("{x:g}" if high < 10 * low else matplotlib.ticker.NullFormatter())
-        top.legend(fontsize=8, frameon=False)
-        bottom.set(ylabel="cosine of the two terms")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
-def write(runs, folder):
-    """curves.csv and flags.json: every point of every run, and the flags of each experiment that are not neutral."""
-    with open(folder / "curves.csv", "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["environment", "experiment", "seed", "step", "return", "ratio", "cosine"])
-        for run in runs:
-            for step, value, terms in zip(run.steps, run.returns, run.terms):
-                cells = ["" if np.isnan(x) else f"{x:.4g}" for x in terms]
-                writer.writerow([run.environment, run.experiment, run.seed, int(step), f"{value:.7g}", *cells])
-    flags = {f"{run.environment}__{run.experiment}": run.flags for run in runs}
-    kept = {key: {flag: mine[flag] for flag in sorted(mine.keys() - NEUTRAL)} for key, mine in flags.items()}
-    (folder / "flags.json").write_text(json.dumps(kept, indent=1) + "\n")
+def draw_terms(runs, path):
+    """Length and cosine of the implicit term: median over the seeds, lowest and highest."""
+    style = styles(runs)
+    runs = runs.assign(task=runs.environment + ", " + runs.family).rename(columns={"ratio": "|implicit| / |direct|"})
+    long = runs.melt(["task", "experiment", "step"], ["|implicit| / |direct|", "cosine"], "term")
+    how = {"kind": "line", "estimator": "median", "errorbar": ("pi", 100), "height": 2.5}
+    facets = {"sharex": False, "sharey": False}
+    grid = sns.relplot(long, x="step", y="value", row="term", col="task", facet_kws=facets, **how, **style)
+    grid.set_titles("{col_name}").set_axis_labels("environment steps")
+    for ax, term in zip(grid.axes[:, 0], grid.row_names):
+        ax.set_ylabel(term)
+    for ax in grid.axes.flat:
+        ax.xaxis.set_major_formatter(THOUSANDS)
+    for text in grid.legend.texts:
+        text.set_text(label(text.get_text()))
+    sns.move_legend(grid, "upper center", bbox_to_anchor=(0.5, 0), ncols=2, title="")
+    grid.savefig(path, dpi=130)
 
 
 def main():
     args = tyro.cli(Args, description=__doc__)
-    if args.smooth < 1:
-        stop("--smooth must be at least 1")
-    runs = read(args.folders, args.unfinished, read_csv(args.out) if args.add else {})
-    if not runs:
+    curves, flags = read_csv(args.out) if args.add else ({}, {})
+    read(args.folders, curves, flags)
+    if not curves:
         stop(f"no finished run in {', '.join(map(str, args.folders))}")
-    groups = group(runs)
+    runs = pd.concat(curves.values(), ignore_index=True)
+    mine = [flags[key] for key in zip(runs.environment, runs.experiment)]
+    runs["family"] = [family_of(flags) for flags in mine]
+    runs["leader"] = [flags["leader"] for flags in mine]
+    runs["noise"] = [float(flags.get("grad_noise", 0)) for flags in mine]
+    runs = in_order(runs)
     args.out.mkdir(parents=True, exist_ok=True)
-    write(runs, args.out)
-    text = report(groups)
+    write(runs, flags, args.out)
+    text = report(runs, flags)
     (args.out / "table.md").write_text(text)
-    draw(groups, args.smooth, args.out / "figure3.png")
-    if any(map(has_terms, runs)):
-        draw_terms(groups, args.out / "terms.png")
     print(text)
-    note(f"{len(runs)} runs; wrote to {args.out}")
+    if runs.ratio.notna().any():
+        draw_terms(runs.dropna(), args.out / "terms.png")
+    if args.add and (args.out / "stac_ac_rates.csv").exists():
+        runs = with_study(runs, args.out / "stac_ac_rates.csv")
+    draw(runs, args.out / "figure3.png")
+    note(f"{len(curves)} runs; wrote to {args.out}")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,17 @@
-"""benchmark/: the launchers on tiny runs that are killed and carried on, and plot.py against numbers known by hand."""
+"""benchmark/: launchers with runs that fail, are killed and carried on; tables and figures with known numbers."""
 
-import csv
-import dataclasses
 import itertools
+import json
 import os
-import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import tyro
@@ -26,359 +23,435 @@ import stsac
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmark"))
-import launch  # noqa: E402
 import plot  # noqa: E402
 import rates  # noqa: E402
+
+SCRIPTS = {"stac_ac.sh": stac_ac, "stddpg.sh": stddpg, "stsac.sh": stsac}
+
+# What a launcher needs of a script: a lock, a run of --total-timesteps steps that carries on where it was, and an end.
+# A step is a line of DIR/steps. Some environments fail. A real process, too, takes a while to end.
+FAKE = """
+import fcntl, os, pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), os._exit(1)))
+args = dict(zip(sys.argv[2:], sys.argv[3:]))
+folder = pathlib.Path(args["--run-dir"])
+folder.mkdir(parents=True, exist_ok=True)
+lock = open(folder / "lock", "w")
+try:
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except OSError:
+    print("another process is at work", file=sys.stderr)
+    sys.exit(os.EX_TEMPFAIL)
+print("threads", *(os.environ.get(f"{name}_NUM_THREADS") for name in ("OMP", "MKL", "OPENBLAS")), flush=True)
+(folder / "group").write_text(str(os.getpgrp()))
+if args["--env-id"] == "Bad":
+    sys.exit("fake: error: no such environment")
+steps = open(folder / "steps", "a")
+for step in range(len(open(folder / "steps").readlines()), int(args["--total-timesteps"])):
+    print(step, file=steps, flush=True)
+    time.sleep(0.02)
+with open(folder / "ends", "a") as ends:
+    print("end", file=ends)
+"""
 
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """An empty working folder."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+    """An empty working folder, with blanks in its name, and a `python` that is the fake."""
+    folder = tmp_path / "a b"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    python = folder / "python"
+    (folder / "fake.py").write_text(FAKE)
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -SE "{folder}/fake.py" "$@"\n')
+    python.chmod(0o755)
+    return folder
 
 
 # Launchers
-def start(launcher, *options, **variables):
-    """A launcher as a user starts it, in a process group of its own."""
-    unset = set("ENVS VARIANTS SEEDS STEPS FLAGS TAG WORKERS ARMS RATES UNROLLS SCRIPT".split())
+def environment(**variables):
+    unset = set("ENVS VARIANTS SEEDS STEPS FLAGS TAG WORKERS SCRIPT SLURM_ARRAY_TASK_ID".split())
+    unset |= {"OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"}
     env = {name: value for name, value in os.environ.items() if name not in unset}
-    env |= {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT / "tests"), **variables}
+    return env | {"PYTHON": str(Path("python").absolute())} | variables
+
+
+def start(launcher, *options, **variables):
     line = [ROOT / "benchmark" / launcher, *options]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(line, env=env, start_new_session=True, **pipes)
+    return subprocess.Popen(line, env=environment(**variables), **pipes)
 
 
 def finish(process):
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=60)
     return process.returncode, out, err
 
 
-def dry_run(launcher, script=None, **variables):
-    """The commands, without interpreter and path of the script."""
+def wait_for(condition):
+    deadline = time.time() + 60
+    while not condition():
+        assert time.time() < deadline
+        time.sleep(0.01)
+
+
+def lines(path):
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def dry_run(launcher, **variables):
+    """The commands, without the interpreter; of the script its path in the repository."""
     code, out, err = finish(start(launcher, "--dry-run", **variables))
-    assert code == 0 and err == ""
-    lines = [shlex.split(line) for line in out.splitlines()]
-    script = str(ROOT / (script or launcher.replace(".sh", ".py")))
-    assert all(words[:2] == [sys.executable, script] for words in lines)
-    return [" ".join(words[2:]) for words in lines]
+    assert (code, err) == (0, "")
+    commands = []
+    for line in out.splitlines():
+        python, script, *flags = shlex.split(line)
+        assert python == str(Path("python").absolute())
+        commands.append([str(Path(script).relative_to(ROOT)), *flags])
+    return commands
+
+
+COMMAND = "{script} --run-dir runs/{env}__{name}__{seed} --env-id {env} --exp-name {name} --seed {seed}"
+COMMAND += " --total-timesteps {steps} {flags} --save-model"
 
 
 def test_commands_of_stac(here):
-    common = "--env-id {} --exp-name {} --seed {} --total-timesteps 800000 --leader {} --lam {} --policy-lr {}"
-    common += " --critic-lr 0.01 --grad-noise 0.05 --unroll {} --save-model"
-    rows = [("ac-m1", "none", 0.1, 1), ("ac-m80", "none", 0.1, 80), ("stac-al-m1", "actor", 0.1, 1)]
-    rows += [("stac-al-m80", "actor", 0.1, 80), ("ac-lr0.2-m1", "none", 0.2, 1), ("ac-lr0.2-m80", "none", 0.2, 80)]
-    expected = [
-        common.format(env, name, seed, leader, 0 if env == "CartPole-v1" else 500, rate, unroll)
-        for seed in (1, 2)
-        for env in ("CartPole-v1", "Hopper-v4")
-        for name, leader, rate, unroll in rows
-    ]
+    lam = {"CartPole-v1": 0, "Hopper-v4": 500}
+    games = {"ac": "--leader none", "ac-2x": "--leader none --policy-lr 0.2"}
+    games |= {f"stac-{s0}": f"--leader actor --start-states {s0}" for s0 in ("released", "every")}
+    expected = []
+    for seed, env, (name, game), m in itertools.product((1, 2), lam, games.items(), (1, 80)):
+        flags = f"--lam {lam[env]} --policy-lr 0.1 --critic-lr 0.01 --grad-noise 0.05 --unroll {m} {game}"
+        line = COMMAND.format(script="stac_ac.py", env=env, name=f"{name}-m{m}", seed=seed, steps=800000, flags=flags)
+        expected.append(line.split())
     assert dry_run("stac_ac.sh", ENVS="CartPole-v1 Hopper-v4", SEEDS="1 2") == expected
-
-
-def test_arms_rates_and_critic_steps_of_stac(here):
-    games = {"ac": "none", "stac-al-initial": "actor --start-states initial"}
-    games |= {"stac-al-batch": "actor --start-states batch", "stac-al-gn": "actor --curvature gauss-newton"}
-    line = "--env-id CartPole-v1 --exp-name {0}-lr{2}-m{3} --seed 7 --total-timesteps 9 --leader {1} --lam 0"
-    line += " --policy-lr {2} --critic-lr 0.01 --grad-noise 0.05 --unroll {3} --save-model"
-    found = dry_run(
-        "stac_ac.sh",
-        **{"ENVS": "CartPole-v1", "SEEDS": "7", "STEPS": "9"},
-        **{"ARMS": " ".join(games), "RATES": "0.03 1.6", "UNROLLS": "1 80"},
-    )
-    matrix = itertools.product((1, 80), (0.03, 1.6), games)
-    assert found == [line.format(arm, games[arm], rate, m) for m, rate, arm in matrix]
-    for variant in ("ac", "ac-lr0.1", "sac-m1", "stac-al-foo-m1"):
-        code, out, err = finish(start("stac_ac.sh", "--dry-run", VARIANTS=variant))
-        assert (code, out) == (2, "") and f"unknown variant '{variant}'" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("launcher, plain", [("stddpg.sh", "ddpg"), ("stsac.sh", "sac")])
 def test_commands_of_the_off_policy_launchers(here, launcher, plain):
-    common = "--env-id {} --exp-name {} --seed {} --total-timesteps 1000000 --leader {} --save-model"
     games = {plain: "none", f"st{plain}-al": "actor", f"st{plain}-al-gn": "actor --curvature gauss-newton"}
     games[f"st{plain}-cl"] = "critic"
     envs = ["HalfCheetah-v4", "Hopper-v4", "Reacher-v4", "Walker2d-v4"]
-    matrix = itertools.product(range(1, 6), envs, games)
-    assert dry_run(launcher) == [common.format(env, name, seed, games[name]) for seed, env, name in matrix]
+    expected = []
+    for seed, env, name in itertools.product(range(1, 6), envs, games):
+        flags = f"--leader {games[name]}"
+        script = f"st{plain}.py"
+        line = COMMAND.format(script=script, env=env, name=name, seed=seed, steps=1000000, flags=flags)
+        expected.append(line.split())
+    assert dry_run(launcher) == expected
 
 
-def test_commands_of_a_control(here):
-    line = "--env-id HalfCheetah-v4 --exp-name stsac-al-gn-mean --seed 1 --total-timesteps 1000000 --leader actor"
-    variables = {"SCRIPT": "benchmark/stsac_mean.py", "TAG": "-mean", "VARIANTS": "stsac-al-gn"}
-    found = dry_run("stsac.sh", script=variables["SCRIPT"], SEEDS="1", ENVS="HalfCheetah-v4", **variables)
-    assert found == [line + " --curvature gauss-newton --save-model"]
-
-
-def test_variables_and_options(here):
-    variables = {"ENVS": "a:B-v0", "VARIANTS": "stddpg-cl", "SEEDS": "3", "STEPS": "7", "FLAGS": "--lam 1 --hidden 8 8"}
-    line = "--env-id a:B-v0 --exp-name stddpg-cl{} --seed 3 --total-timesteps 7 --leader critic --lam 1 --hidden 8 8"
-    # flags make another experiment, with a name of its own
-    assert dry_run("stddpg.sh", **variables) == [line.format("-lam-1-hidden-8-8") + " --save-model"]
-    assert dry_run("stddpg.sh", **variables, TAG="-x") == [line.format("-x") + " --save-model"]
-    assert dry_run("stddpg.sh", **variables, TAG="") == [line.format("") + " --save-model"]
-    assert finish(start("stac_ac.sh", "--count")) == (0, f"{4 * 6 * 5}\n", "")
-
-
-@pytest.mark.parametrize("script", [stac_ac, stddpg, stsac], ids=lambda script: script.__name__)
-def test_the_scripts_understand_the_commands(here, script):
-    for line in dry_run(f"{script.__name__}.sh", SEEDS="1"):
-        args = tyro.cli(script.Args, args=line.split())
+@pytest.mark.parametrize("launcher", SCRIPTS)
+def test_the_scripts_understand_the_commands(here, launcher):
+    script = SCRIPTS[launcher]
+    for _, *flags in dry_run(launcher, SEEDS="1"):
+        args = tyro.cli(script.Args, args=flags)
         script.check_args(args)
-        assert args.save_model and args.leader == ("actor" if "-al" in args.exp_name else args.leader)
+        assert args.save_model and args.run_dir == f"runs/{args.env_id}__{args.exp_name}__1"
+        assert (args.leader == "none") == (not args.exp_name.startswith("st"))
+
+
+def test_variables(here):
+    variables = {"ENVS": "a:B-v0", "VARIANTS": "stddpg-cl", "SEEDS": "3", "STEPS": "7", "FLAGS": "--lam 1 --hidden 8 8"}
+    line = "stddpg.py --run-dir runs/a-B-v0__stddpg-cl{0}__3 --env-id a:B-v0 --exp-name stddpg-cl{0} --seed 3"
+    line += " --total-timesteps 7 --leader critic --lam 1 --hidden 8 8 --save-model"
+    # flags make another experiment, with a name of its own
+    assert dry_run("stddpg.sh", **variables) == [line.format("-lam-1-hidden-8-8").split()]
+    assert dry_run("stddpg.sh", **variables, TAG="-x") == [line.format("-x").split()]
+    assert dry_run("stddpg.sh", **variables, TAG="") == [line.format("").split()]
+
+
+@pytest.mark.parametrize(
+    "launcher, variant, control",
+    [("stsac.sh", "stsac-al-gn", "stsac_mean.py"), ("stac_ac.sh", "stac-every-m1", "stac_ac_scaled.py")],
+)
+def test_controls(here, launcher, variant, control):
+    variables = {"ENVS": "E", "SEEDS": "1", "VARIANTS": variant, "SCRIPT": f"benchmark/{control}"}
+    ((script, _, run_dir, *flags),) = dry_run(launcher, **variables, TAG="-x")
+    assert script == f"benchmark/{control}" and (ROOT / script).exists() and run_dir == f"runs/E__{variant}-x__1"
+    code, out, err = finish(start(launcher, **variables))
+    assert (code, out) == (1, "") and "TAG" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
     "options, variables, expected",
     [
-        ([], {"VARIANTS": "stddpg-bl"}, "stddpg-bl"),
-        ([], {"SEEDS": "1 1"}, "seed"),
-        ([], {"STEPS": "many"}, "STEPS"),
+        ([], {"VARIANTS": "stddpg-bl"}, "unknown variant 'stddpg-bl'"),
+        ([], {"VARIANTS": "ddpg stddpg"}, "unknown variant 'stddpg'"),
+        ([], {"STEPS": "1e6"}, "STEPS"),
+        ([], {"STEPS": ""}, "STEPS"),
         ([], {"WORKERS": "0"}, "WORKERS"),
-        ([], {"ENVS": ""}, "empty"),
-        (["--task", "80"], {}, "--task"),
+        ([], {"WORKERS": "two"}, "WORKERS"),
+        ([], {"ENVS": ""}, "no runs"),
+        ([], {"FLAGS": "--lam 1 --exp_name x"}, "--exp_name"),
+        ([], {"FLAGS": "--exp-name=x"}, "--exp-name"),
+        ([], {"FLAGS": "--seed=3"}, "--seed"),
+        ([], {"FLAGS": "--run-dir x"}, "--run-dir"),
+        ([], {"FLAGS": "--no-save-model"}, "--no-save-model"),
+        (["--task", "80"], {}, "no runs"),
+        (["--task"], {}, "number"),
+        (["--help"], {}, "--help"),
     ],
 )
 def test_bad_input_of_a_launcher(here, options, variables, expected):
     code, out, err = finish(start("stddpg.sh", *options, **variables))
-    assert code == 2 and out == "" and err.count("\n") == 1 and expected in err
-    assert not (here / "runs").exists()
+    assert code == 1 and out == "" and err.count("\n") == 1 and expected in err
+    assert not Path("runs").exists()
 
 
-def folder_of(name, when, *files, total_timesteps=100):
-    folder = Path("runs") / f"{name}__{when}"
-    folder.mkdir(parents=True)
-    for number, file in enumerate(files):
-        torch.save({"args": {"total_timesteps": total_timesteps}}, folder / file)
-        os.utime(folder / file, (when, when + number))
-    return str(folder)
+def test_runs_that_fail_or_are_locked_do_not_stop_the_others(here):
+    matrix = {"ENVS": "A Bad B", "VARIANTS": "sac", "SEEDS": "1 2", "STEPS": "3"}
+    with open(here / "locked", "w") as lock:
+        folder = Path("runs/B__sac__1")
+        folder.mkdir(parents=True)
+        (folder / "lock").symlink_to(here / "locked")
+        subprocess.run([sys.executable, "-c", "import fcntl; fcntl.flock(0, fcntl.LOCK_EX)"], stdin=lock, check=True)
+        code, out, err = finish(start("stsac.sh", **matrix))
+    assert code == 1 and err == "stsac.sh: error: failed: Bad__sac__1 Bad__sac__2\n"
+    failed = "failed: Bad__sac__{0} (fake: error: no such environment; see runs/logs/Bad__sac__{0}.log)"
+    expected = ["finished: A__sac__1", failed.format(1), "left to another process: B__sac__1"]
+    expected += ["finished: A__sac__2", failed.format(2), "finished: B__sac__2"]
+    assert out.splitlines() == expected
+    assert not (folder / "steps").exists() and lines(Path("runs/A__sac__2/steps")) == ["0", "1", "2"]
+    command, *output = lines(Path("runs/logs/A__sac__1.log"))
+    assert command.startswith("$ ") and "--run-dir runs/A__sac__1 " in command and output == ["threads 1 1 1"]
+
+    code, out, err = finish(start("stsac.sh", **matrix | {"ENVS": "A B"}))
+    assert (code, err) == (0, "") and out.count("finished: ") == 4
+    assert lines(folder / "steps") == ["0", "1", "2"]  # whoever was at it has left it
 
 
-def test_what_remains_of_a_run(here):
-    (run,) = (launch.parse(f"stsac.py --env-id m:E-v0 --exp-name x --seed 1 --total-timesteps {n}") for n in [100])
-    longer, name, resume = run._replace(steps=101), "m-E-v0__x__1", lambda folder: (*run.command, "--resume", folder)
-    assert run.name == name and launch.remaining(run) == run.command
-    folder_of("m-E-v0__x__11", 5, "model.pt")  # another seed
-    folder_of("m-E-v0__x__1__2", 6, "model.pt")  # another experiment
-    folder_of(name, 9)  # died before its first checkpoint
-    assert launch.remaining(run) == run.command
-    begun = folder_of(name, 1, "checkpoint.pt")
-    assert launch.remaining(run) == resume(begun)
-    begun = folder_of(name, 3, "checkpoint.pt")
-    folder_of(name, 2, "checkpoint.pt")
-    assert launch.remaining(run) == resume(begun)  # the newest
-    ended = folder_of(name, 7, "checkpoint.pt", "model.pt")
-    assert launch.remaining(run) is None
-    assert launch.remaining(longer) == resume(ended)
-
-
-def test_a_finished_run_without_a_checkpoint_is_made_longer_from_the_start(here):
-    run = launch.Run("E__x__1", ("command",), 101)
-    folder_of(run.name, 1, "model.pt")
-    assert launch.remaining(run) == run.command
-    assert launch.remaining(run._replace(steps=100)) is None
-
-
-def test_the_lock_is_the_runs_own(here):
-    """It outlives the launcher, and goes with the process of the run."""
-    run = launch.Run("E__x__1", (), 1)
-    log = launch.lock(run)
-    assert launch.lock(run) is None
-    process = launch.start(["sleep", "100"], log)
-    log.close()  # as when a launcher is killed
-    assert launch.lock(run) is None
-    process.kill()
-    process.wait()
-    assert launch.lock(run) is not None
-    assert launch.log_file(run).read_text() == "$ sleep 100\n"
-
-
-# a run that takes no time, or much, or fails
-FAKE = """
-import pathlib, shutil, sys, time
-args = dict(zip(sys.argv[1:], sys.argv[2:]))
-folder = pathlib.Path(f"runs/{args['--env-id']}__{args['--exp-name']}__{args['--seed']}__{time.time_ns()}")
-folder.mkdir(parents=True)
-(folder / "checkpoint.pt").touch()
-if args["--env-id"] == "Slow":
-    time.sleep(1000)
-if args["--env-id"] == "Bad":
-    sys.exit("no such environment")
-shutil.copy("finished.pt", folder / "model.pt")
-"""
-
-
-def start_fakes(here, *options, envs, workers=1):
-    (here / "fake.py").write_text(FAKE)
-    torch.save({"args": {"total_timesteps": 9}}, here / "finished.pt")
-    lines = [f"{here}/fake.py --env-id {env} --exp-name x --seed 1 --total-timesteps 9" for env in envs]
-    env = {**os.environ, "PYTHON": sys.executable, "WORKERS": str(workers)}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    line = [sys.executable, ROOT / "benchmark" / "launch.py", *options]
-    process = subprocess.Popen(line, env=env, start_new_session=True, **pipes)
-    process.stdin.write("\n".join(lines))
-    process.stdin.close()
-    process.stdin = None
-    return process
-
-
-def test_a_run_that_fails_does_not_stop_the_others(here):
-    code, out, err = finish(start_fakes(here, envs=["A", "Bad", "B"]))
-    assert code == 1
-    assert err.count("\n") == 1 and "Bad__x__1" in err and "A__x__1" not in err
-    assert "failed: Bad__x__1 (no such environment; see runs/logs/Bad__x__1.log)" in out
-    assert "2/3 runs finished" in out.splitlines()[-1] and str(here / "runs") in out
-    assert len(list(here.glob("runs/[AB]__*/model.pt"))) == 2
-
-
-def test_one_task_of_the_matrix(here):
-    code, out, err = finish(start_fakes(here, "--task", "1", envs=["A", "B"]))
-    assert (code, err) == (0, "")
-    assert [path.parent.name[:6] for path in here.glob("runs/*/model.pt")] == ["B__x__"]
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupt_stops_the_runs(here, number):
-    process = start_fakes(here, envs=["Slow"])
-    run = launch.Run("Slow__x__1", (), 9)
-    wait_for(lambda: list(here.glob("runs/*/checkpoint.pt")), process)
-    assert launch.lock(run) is None
-    process.send_signal(number)
+def test_a_run_that_is_killed_is_named(here):
+    process = start("stsac.sh", ENVS="A B", VARIANTS="sac", SEEDS="1", STEPS="5")
+    Path("python").write_text("#!/bin/sh\nkill -9 $$\n")
     code, out, err = finish(process)
-    assert code == 130 and err.count("\n") == 1
-    assert launch.lock(run) is not None  # so nothing is left of it
+    assert code == 1 and "Killed" in out and err == "stsac.sh: error: failed: A__sac__1 B__sac__1\n"
 
 
-def wait_for(condition, process):
-    deadline = time.time() + 300
-    while not condition():
-        assert process.poll() is None and time.time() < deadline
-        time.sleep(0.02)
+def begun(*names):
+    return all(lines(Path(f"runs/{name}/steps")) for name in names)
 
 
-def points(run_dir):
-    """Steps and returns of a run, from its log."""
-    lines = re.findall(r"(?m)^step (\d+): batch return (-?[\d.]+)", (run_dir / "log.txt").read_text())
-    return [int(step) for step, _ in lines], [float(value) for _, value in lines]
+def is_locked(name):
+    check = ["import fcntl; fcntl.flock(open(0), fcntl.LOCK_EX | fcntl.LOCK_NB)"]
+    with open(f"runs/{name}/lock") as lock:
+        return subprocess.run([sys.executable, "-SEc", *check], stdin=lock, stderr=subprocess.DEVNULL).returncode != 0
 
 
-def test_killed_launcher_carries_on(here):
-    """SIGKILL of a launcher and all its runs, then two launchers at once: each run comes to its end, none twice."""
-    matrix = {"ENVS": "point_env:Compass-v0", "VARIANTS": "stac-al-m1", "SEEDS": "1 2 3", "STEPS": "20000", "TAG": ""}
-    matrix["FLAGS"] = "--num-steps 200 --hidden 8 --checkpoint-every 1000 --no-cuda"
-    first = start("stac_ac.sh", **matrix, WORKERS="2")
-    wait_for(lambda: len(list(here.glob("runs/*/checkpoint.pt"))) == 2, first)
-    os.killpg(first.pid, signal.SIGKILL)
-    first.communicate()
-    begun = list(here.glob("runs/*__*"))
-    assert len(begun) == 2 and not list(here.glob("runs/*/model.pt"))  # killed in their midst
-    resumed = [line for line in dry_run("stac_ac.sh", **matrix) if "--resume" in line]
-    assert [line.rsplit(" ", 1)[1] for line in resumed] == [f"runs/{path.name}" for path in sorted(begun)]
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_the_end_of_the_launcher_is_the_end_of_its_runs(here, number):
+    process = start("stsac.sh", ENVS="A B C", VARIANTS="sac", SEEDS="1", STEPS="9999", WORKERS="2")
+    wait_for(lambda: begun("A__sac__1", "B__sac__1"))
+    assert is_locked("A__sac__1") and not Path("runs/C__sac__1").exists()
+    process.send_signal(number)
+    assert process.wait(timeout=60) == 130
+    assert not is_locked("A__sac__1") and not is_locked("B__sac__1") and not Path("runs/C__sac__1").exists()
+    assert finish(process) == (130, "", "stsac.sh: interrupted; the same command carries on\n")
 
-    both = [start("stac_ac.sh", **matrix) for _ in range(2)]
-    for code, out, err in map(finish, both):
-        assert (code, err) == (0, ""), out
-        assert "3/3 runs finished" in out.splitlines()[-1]
-    runs = sorted(here.glob("runs/*__*"))
-    assert len(runs) == 3 and set(begun) < set(runs) and all((path / "model.pt").exists() for path in runs)
-    logs = [path.read_text() for path in sorted(here.glob("runs/logs/*.log"))]
-    assert [log.count("$ ") for log in logs] == [2, 2, 1]
-    assert [log.count("--resume runs/") for log in logs] == [1, 1, 0]
-    assert all(points(path)[0] == list(range(200, 20001, 200)) for path in runs)
 
-    assert dry_run("stac_ac.sh", **matrix) == []
+def test_nothing_twice_and_nothing_lost(here):
+    """Launcher and runs killed; then the launcher alone, its runs go on; then two launchers at once."""
+    matrix = {"ENVS": "A", "VARIANTS": "sac", "SEEDS": "1 2 3 4", "STEPS": "60", "WORKERS": "2"}
+    first = start("stsac.sh", **matrix)
+    wait_for(lambda: begun("A__sac__1", "A__sac__2"))
+    first.kill()
+    os.killpg(int(Path("runs/A__sac__1/group").read_text()), signal.SIGKILL)
+    finish(first)
+    wait_for(lambda: not is_locked("A__sac__1") and not is_locked("A__sac__2"))
+    assert not list(Path("runs").glob("*/ends"))  # killed in their midst
 
-    # and the curves are those of three whole runs
-    for run, path in zip(plot.read([here / "runs"], unfinished=False), runs):
-        steps, returns = points(path)
-        assert list(run.steps) == steps and run.returns == pytest.approx(returns, abs=0.006)
-        assert run[:3] == ("AC, STAC", "point_env:Compass-v0", "stac-al-m1")
+    done = [len(lines(Path(f"runs/A__sac__{seed}/steps"))) for seed in (1, 2)]
+    second = start("stsac.sh", **matrix)
+    for seed in (1, 2):
+        wait_for(lambda: len(lines(Path(f"runs/A__sac__{seed}/steps"))) > done[seed - 1])  # noqa: B023
+    second.kill()
+    both = [finish(process) for process in [start("stsac.sh", **matrix) for _ in range(2)]]
+    assert [(code, err) for code, _, err in both] == [(0, "")] * 2
+    assert any("left to another process: A__sac__1" in out for _, out, _ in both)
+    runs = [Path(f"runs/A__sac__{seed}") for seed in range(1, 5)]
+    wait_for(lambda: all((run / "ends").exists() for run in runs))
+    second.communicate()
+    for run in runs:
+        assert lines(run / "steps") == [str(step) for step in range(60)]
+
+    code, out, err = finish(start("stsac.sh", **matrix | {"STEPS": "62"}))  # a finished run is made longer
+    assert (code, err, out.count("finished: ")) == (0, "", 4)
+    for run in runs:
+        assert lines(run / "steps") == [str(step) for step in range(62)]
+
+
+def test_slurm(here, monkeypatch):
+    matrix = {"ENVS": "A B", "VARIANTS": "sac stsac-cl", "SEEDS": "1", "STEPS": "3"}
+    Path("sbatch").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    Path("sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{here}:{os.environ['PATH']}")
+    launcher = str(ROOT / "benchmark" / "stsac.sh")
+    code, out, err = finish(start("slurm.sh", launcher, "--time=2-0", **matrix))
+    array = ["--array=0-3", "--output=runs/logs/slurm-%A_%a.out", "--time=2-0"]
+    assert (code, err) == (0, "") and Path("runs/logs").is_dir()
+    assert out.splitlines() == [*array, str(ROOT / "benchmark" / "slurm.sh"), launcher]
+
+    code, out, err = finish(start("slurm.sh", launcher, **matrix, SLURM_ARRAY_TASK_ID="2"))
+    assert (code, out, err) == (0, "finished: B__sac__1\n", "")
+    assert [path.name for path in Path("runs").glob("*__*")] == ["B__sac__1"]
+    code, out, err = finish(start("slurm.sh", launcher, VARIANTS="x"))
+    assert code == 1 and "unknown variant" in err
+
+
+def test_a_real_run(here, monkeypatch, capsys):
+    """Interrupted after a checkpoint, carried on by the same command, and read."""
+    matrix = {"ENVS": "CartPole-v1", "VARIANTS": "stac-released-m1", "SEEDS": "1", "STEPS": "6000", "TAG": ""}
+    matrix |= {"PYTHON": sys.executable, "FLAGS": "--num-steps 200 --hidden 8 --checkpoint-every 200"}
+    run, log = Path("runs/CartPole-v1__stac-released-m1__1"), Path("runs/logs/CartPole-v1__stac-released-m1__1.log")
+    first = start("stac_ac.sh", **matrix)
+    wait_for((run / "checkpoint.pt").exists)
+    first.terminate()
+    assert finish(first)[0] == 130 and not (run / "model.pt").exists()
+    for _ in range(2):  # the second finds it finished
+        assert finish(start("stac_ac.sh", **matrix)) == (0, f"finished: {run.name}\n", "")
+    returns = [line for line in lines(log) if line.startswith("step ")]
+    curves, flags = {}, {}
+    plot.read([Path("runs")], curves, flags)
+    assert capsys.readouterr().err == ""
+    ((key, curve),) = curves.items()
+    assert key == ("CartPole-v1", "stac-released-m1", 1) and flags[key[:2]]["start_states"] == "released"
+    assert curve["step"].tolist() == list(range(200, 6001, 200)) and curve.ratio.notna().all()
+    assert f"{curve['return'].iloc[-1]:.2f}" in returns[-1] and "step 6000:" in returns[-1]
 
 
 # plot.py: reading
-DDPG = {"env_id": "Hopper-v4", "leader": "none", "exploration_noise": 0.1, "lam": 500.0, "total_timesteps": 1000}
-AC = {"env_id": "CartPole-v1", "leader": "none", "num_steps": 4000, "policy_lr": 0.1, "total_timesteps": 1000}
+DDPG = {"env_id": "Hopper-v4", "leader": "none", "exploration_noise": 0.1, "lam": 500.0, "hidden": (8, 8)}
+AC = {"env_id": "CartPole-v1", "leader": "none", "num_steps": 4000, "policy_lr": 0.1, "grad_noise": 0.05}
+TERMS = ("direct_norm", "implicit_norm", "cosine")
 
 
-def write_run(experiment, seed, returns, flags=DDPG, when=1, files=("checkpoint.pt", "model.pt"), extra=()):
-    """A run's folder with an evaluation every 10 steps; then what `extra` adds: (purge_step, {step: return})."""
-    path = Path("runs") / f"{flags['env_id']}__{experiment}__{seed}__{when}"
-    path.mkdir(parents=True)
+def write_events(folder, returns, terms=None, tag="eval/episodic_return", start=0, clock=0):
+    """An event file of {step: return} and {step: (|direct|, |implicit|, cosine)}, as of a process begun at `clock`."""
+    writer = SummaryWriter(str(folder), purge_step=start + 1)
+    (path,) = (path for path in Path(folder).glob("events*") if ".clock." not in path.name)
+    for step, value in returns.items():
+        writer.add_scalar(tag, value, step)
+    for step, values in (terms or {}).items():
+        for name, value in zip(TERMS, values):
+            writer.add_scalar(f"stackelberg/{name}", value, step)
+    writer.close()
+    path.rename(path.with_name(f"events.out.tfevents.{clock:010}.clock.{clock}"))
+
+
+def write_model(folder, experiment, seed, flags=DDPG, steps=1000, algorithm="stddpg"):
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    args = flags | {"exp_name": experiment, "seed": seed, "total_timesteps": steps, "run_dir": str(folder)}
+    torch.save({"algorithm": algorithm, "args": args}, folder / "model.pt")
+
+
+def write_run(experiment, seed, returns, flags=DDPG, terms=None):
+    """A finished run with a return every 10 steps."""
+    folder = Path(f"runs/{flags['env_id']}-{experiment}-{seed}")
+    write_model(folder, experiment, seed, flags)
     tag = "charts/batch_return" if "num_steps" in flags else "eval/episodic_return"
-    for purge_step, points in [(None, {10 * i + 10: value for i, value in enumerate(returns)}), *extra]:
-        writer = SummaryWriter(str(path), purge_step=purge_step, filename_suffix=str(purge_step))
-        if purge_step is None:
-            rows = {"exp_name": "", "seed": seed, **flags}
-            table = "\n".join(f"|{name}|{value}|" for name, value in rows.items())
-            writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
-        for step, value in points.items():
-            writer.add_scalar(tag, value, step)
-        writer.close()
-    for file in files:
-        (path / file).touch()
-    return path
+    write_events(folder, {10 * i + 10: value for i, value in enumerate(returns)}, terms, tag)
+    return folder
 
 
-def read(capsys, unfinished=False):
-    return plot.read([Path("runs")], unfinished), capsys.readouterr().err
+def read(capsys):
+    curves, flags = {}, {}
+    plot.read([Path("runs")], curves, flags)
+    return curves, flags, capsys.readouterr().err.splitlines()
 
 
-def test_reads_every_point(here):
+def points(run):
+    return dict(zip(run["step"], run["return"]))
+
+
+def test_reads_every_point(here, capsys):
     """TensorBoard itself keeps a sample of ten thousand."""
     returns = np.arange(12_000)
-    run = plot.read_run(write_run("ddpg", 3, returns))
-    assert run[:4] == ("DDPG, STDDPG", "Hopper-v4", "ddpg", 3) and run.flags["lam"] == "500.0"
-    assert np.array_equal(run.steps, 10 * returns + 10) and np.array_equal(run.returns, returns)
+    write_model("runs/x", "ddpg", 3, steps=120_000)
+    write_events("runs/x", dict(zip(10 * returns + 10, returns)))
+    curves, flags, notes = read(capsys)
+    (run,) = curves.values()
+    assert np.array_equal(run["step"], 10 * returns + 10) and np.array_equal(run["return"], returns)
+    expected = {"env_id": "Hopper-v4", "leader": "none", "exploration_noise": "0.1", "lam": "500.0", "hidden": "(8, 8)"}
+    assert flags == {("Hopper-v4", "ddpg"): expected} and notes == []
 
 
-def test_resumed_run_has_no_point_twice(here, caplog):
-    """The killed run wrote steps 40 and 50 after its checkpoint at 30, and was killed and resumed once more."""
-    extra = [(31, {40: 4.5, 50: 5.5, 60: 6.5}), (51, {60: 6.25, 70: 7.25})]
-    run = plot.read_run(write_run("ddpg", 1, [1, 2, 3, 4, 5], extra=extra))
-    assert list(run.steps) == [10, 20, 30, 40, 50, 60, 70]
-    assert list(run.returns) == [1, 2, 3, 4.5, 5.5, 6.25, 7.25]
-    assert not caplog.records  # TensorBoard finds this worth a long warning
+@pytest.mark.parametrize("clocks", [(1, 2, 3, 4), (4, 3, 2, 1), (2, 4, 1, 3)])
+def test_a_run_in_parts(here, capsys, clocks):
+    """Killed after its checkpoints at 30 and, twice, 50; whatever the clocks say, no point is lost and none is old."""
+    parts = [(0, {10: 1, 20: 2, 30: 3, 40: 4, 45: 4, 50: 5}), (30, {40: 4.5, 50: 5.5, 60: 6.5})]
+    parts += [(50, {60: 6.25}), (50, {60: 6.125, 70: 7.125})]
+    write_model("runs/x", "ddpg", 1)
+    for clock, (start, returns) in zip(clocks, parts):
+        write_events("runs/x", returns, start=start, clock=clock)
+    curves, _, _ = read(capsys)
+    assert points(*curves.values()) == {10: 1, 20: 2, 30: 3, 40: 4.5, 50: 5.5, 60: 6.125, 70: 7.125}
+
+
+def test_a_finished_run_that_is_made_longer(here, capsys):
+    """Its model says how far it is finished."""
+    write_model("runs/x", "ddpg", 1, steps=30)
+    write_events("runs/x", {10: 1, 20: 2, 30: 3}, {5: (1, 2, 0), 30: (1, 1, 0)})
+    write_events("runs/x", {40: 4}, {40: (1, 9, 0)}, start=30, clock=1)
+    curves, _, _ = read(capsys)
+    (run,) = curves.values()
+    assert points(run) == {10: 1, 20: 2, 30: 3} and run.ratio.tolist() == pytest.approx([2, np.nan, 1], nan_ok=True)
 
 
 def test_which_runs_count(here, capsys):
-    write_run("ddpg", 1, [1, 2, 3], when=5)
-    write_run("ddpg", 1, [1, 2, 3, 4], when=6, files=())  # died before its first checkpoint
-    write_run("ddpg", 2, [5, 6], files=["checkpoint.pt"])
-    write_run("ddpg", 3, [7])
-    write_run("ddpg", 3, [7, 8], when=2)
-    write_run("ddpg", 4, [])
-    (Path("runs") / "logs").mkdir()
-    runs, err = read(capsys)
-    assert [(run.seed, list(run.returns)) for run in runs] == [(1, [1, 2, 3]), (3, [7, 8])]
-    assert "not finished: runs/Hopper-v4__ddpg__2__1 (step 20 of 1,000)" in err
-    assert "more than one run of ddpg, Hopper-v4, seed 3" in err and "no returns yet: runs/Hopper-v4__ddpg__4" in err
-    runs, err = read(capsys, unfinished=True)
-    assert [(run.seed, len(run.steps)) for run in runs] == [(1, 3), (2, 2), (3, 2)] and "not finished" not in err
+    """Those with a model.pt, under the names that it has; a file that is none costs one line."""
+    names = {"a__sac": "Hopper-v4__a__sac__1__9", "b__sac": "Hopper-v4__b__sac__1__9", "ddpg": "z"}
+    for seed, name in enumerate(names):
+        write_model(f"runs/{names[name]}", name if "_" in name else "", seed)  # without a name the algorithm's
+        write_events(f"runs/{names[name]}", {10: seed})
+    for name in ("damaged", "foreign", "other", "unfinished", "empty", "again"):
+        Path(f"runs/{name}").mkdir()
+    whole = Path("runs/z/model.pt").read_bytes()
+    Path("runs/damaged/model.pt").write_bytes(whole[: len(whole) // 2])
+    torch.save(torch.nn.Linear(1, 1), "runs/foreign/model.pt")
+    torch.save({"algorithm": "x", "args": {"env_id": "E", "exp_name": "", "leader": "none"}}, "runs/other/model.pt")
+    Path("runs/unfinished/checkpoint.pt").touch()
+    write_events("runs/unfinished", {10: 7})
+    write_model("runs/again", "b__sac", 1)
+    write_events("runs/again", {10: 8})
+    write_model("runs/empty", "", 9, DDPG | {"leader": "critic"})
+    curves, flags, notes = read(capsys)
+    found = {key: points(run) for key, run in curves.items()}
+    assert found == {("Hopper-v4", name, seed): {10: seed} for seed, name in enumerate(names)}
+    left_out = {"damaged": "damaged", "foreign": "damaged", "other": "damaged", "unfinished": "not finished"}
+    left_out |= {"again": "the same run as runs/Hopper-v4__b__sac__1__9", "empty": "no returns"}
+    for name, reason in left_out.items():
+        assert sum(f"runs/{name}" in note and reason in note for note in notes) == 1, name
+    assert len(notes) == 6
+    runs = pd.concat(curves.values()).assign(family="DDPG")
+    plot.write(runs, flags, here)
+    again = plot.read_csv(here)
+    assert again[0].keys() == curves.keys() and again[1] == {key: flags[key] for key in again[1]}
 
 
 def test_runs_of_one_name_with_unequal_flags(here, capsys):
+    stddpg_al = DDPG | {"leader": "actor"}
     write_run("ddpg", 1, [1])
-    write_run("ddpg", 2, [1], {**DDPG, "lam": 100.0})
-    with pytest.raises(SystemExit):
-        plot.group(plot.read([Path("runs")], False))
-    assert "lam is 500.0 with seed 1, 100.0 with seed 2" in capsys.readouterr().err
+    write_run("ddpg", 2, [1], DDPG | {"lam": 100.0, "eval_every": 7})  # which no plain run uses, and no result hangs on
+    write_run("stddpg-al", 1, [1], stddpg_al)
+    read(capsys)
+    write_run("stddpg-al", 2, [1], stddpg_al | {"lam": 100.0})
+    with pytest.raises(SystemExit) as error:
+        read(capsys)
+    assert "lam 100.0, another run of stddpg-al on Hopper-v4 has 500.0" in error.value.code
 
 
-def write_terms(path, points):
-    """Adds what a Stackelberg version logs: {step: (|direct|, |implicit|, cosine)}."""
-    writer = SummaryWriter(str(path), filename_suffix="terms")
-    for step, values in points.items():
-        for tag, value in zip(("direct_norm", "implicit_norm", "cosine"), values):
-            writer.add_scalar(f"stackelberg/{tag}", value, step)
-    writer.close()
+@pytest.mark.parametrize("script", SCRIPTS.values(), ids=lambda script: script.__name__)
+def test_the_flags_that_no_result_hangs_on(script):
+    """Those that may change when a run is carried on; the game's are the last in Args, and `none` unrolls as well."""
+    fields = [*script.Args.__dataclass_fields__]
+    assert plot.NEUTRAL & set(fields) == {"seed", *script.MAY_CHANGE}
+    assert plot.GAME & set(fields) == set(fields[fields.index("leader") + 1 :]) - {"unroll"}
+    assert script.ALGORITHM in ("stac", "stddpg", "stsac") and plot.family_of(fields) in script.ALGORITHM.upper()
 
 
-def test_terms(here):
+def test_terms(here, capsys):
     """Medians over what came since the last return, that step included; a policy that has died has no gradient."""
-    path = write_run("stddpg-al", 1, [1, 2, 3, 4], {**DDPG, "leader": "actor"})
-    points = {
+    terms = {
         2: (1, 8, 0.5),
         5: (2, 2, 0.25),
         10: (4, 2, -1),
@@ -387,346 +460,280 @@ def test_terms(here):
         33: (0, 0, 0),
         41: (1, 9, 1),
     }
-    write_terms(path, points)
-    run = plot.read_run(path)
-    assert np.array_equal(run.terms, [[1, 0.25], [2, 0.5], [np.nan, np.nan], [0, 0]], equal_nan=True)
-    assert np.isnan(plot.read_run(write_run("ddpg", 1, [1, 2])).terms).all()
-
-
-def test_curves_csv(here):
-    write_run("ddpg", 1, [0.1, -2e-7, 1234567.0])
-    write_terms(write_run("stddpg-al", 2, [3.5], {**DDPG, "leader": "actor"}), {10: (2, 1, 0.1234567)})
-    runs = plot.read([Path("runs")], False)
-    plot.write(runs, here)
-    rows = list(csv.DictReader(open("curves.csv")))
-    assert list(rows[0]) == ["environment", "experiment", "seed", "step", "return", "ratio", "cosine"]
-    assert [(row["ratio"], row["cosine"]) for row in rows] == [("", "")] * 3 + [("0.5", "0.1235")]
-    back = [(row["environment"], row["experiment"], int(row["seed"]), int(row["step"])) for row in rows]
-    expected = [("Hopper-v4", "ddpg", 1, step) for step in (10, 20, 30)] + [("Hopper-v4", "stddpg-al", 2, 10)]
-    assert back == expected
-    assert [float(row["return"]) for row in rows] == pytest.approx([0.1, -2e-7, 1234567.0, 3.5], rel=1e-6)
-    again = plot.read([], False, plot.read_csv(here))
-    assert [run[:4] for run in again] == [run[:4] for run in runs]
-    assert again[1].flags["leader"] == "actor" and not plot.NEUTRAL & set(again[1].flags)
-    plot.write(again, here)
-    assert list(csv.DictReader(open("curves.csv"))) == rows
+    write_run("stddpg-al", 1, [1, 2, 3, 4], DDPG | {"leader": "actor"}, terms)
+    write_run("ddpg", 1, [1, 2])
+    curves, _, _ = read(capsys)
+    run = curves["Hopper-v4", "stddpg-al", 1]
+    assert np.array_equal(run[["ratio", "cosine"]], [[1, 0.25], [2, 0.5], [np.nan, np.nan], [0, 0]], equal_nan=True)
+    assert curves["Hopper-v4", "ddpg", 1][["ratio", "cosine"]].isna().all(axis=None)
 
 
 # plot.py: statistics
 def test_interquartile_mean():
     assert plot.iqm(np.array([8.0, 1, 7, 2, 6, 3, 5, 4])) == 4.5  # 3, 4, 5, 6
-    assert plot.iqm(np.array([100.0, 1, 2, 3, -100])) == 2.0  # one dropped at each end
+    assert plot.iqm(np.array([100.0, 1, 2]), np.array([3.0, -100])) == 2.0  # one dropped at each end
     assert plot.iqm(np.array([1.0, 2, 6])) == 3.0  # a quarter of three is none
-    assert list(plot.iqm(np.array([[0.0, 0, 2, 9], [9.0, 4, 4, 0]]))) == [1, 4]
 
 
 def test_probability_of_improvement():
-    assert plot.improvement(np.array([1, 2]), np.array([0, 2])) == (1 + 0 + 1 + 0.5) / 4
-    rng = np.random.default_rng(1)
-    x, y = rng.integers(0, 4, 7), rng.integers(0, 4, 5)
-    wins = sum((a > b) + 0.5 * (a == b) for a in x for b in y)
-    assert plot.improvement(x, y) == pytest.approx(wins / 35)
-    assert plot.improvement(x, y) + plot.improvement(y, x) == pytest.approx(1)
-
-
-def test_scores():
-    steps, returns = np.array([10, 20, 40]), np.array([[0.0, 10, 4], [5, 5, 5]])
-    assert list(plot.area_under_curve(steps, returns)) == [(50 + 140) / 30, 5]  # intervals of unequal length
-    assert list(plot.area_under_curve(steps[:1], returns[:, :1])) == [0, 5]
-    steps = np.arange(1, 101)
-    assert plot.final_score(steps, np.array([steps]))[0] == np.mean(range(91, 101))
-    assert plot.final_score(np.array([50, 100]), np.array([[1.0, 2]]))[0] == 2
+    x, y = np.array([1.0, 2]), np.array([0.0, 2])
+    assert plot.improvement(x, y) == (1 + 0 + 1 + 0.5) / 4
+    # a task counts as one, however many seeds it has
+    assert plot.improvement(x, y, np.zeros(1), np.ones(9)) == (0.625 + 0) / 2
 
 
 def all_resamples(values):
     """Every draw with replacement: [n^n, n]."""
-    return np.array(list(itertools.product(values, repeat=len(values))))
+    return np.array([*itertools.product(values, repeat=len(values))])
 
 
 def test_intervals_are_those_of_all_resamples():
-    rng, x, y = np.random.default_rng(2), np.array([3.0, 1, 7, 4, 4.5]), np.array([2.0, 3.5, 3.6])
-    quantiles = [2.5, 97.5]
-    exact = np.percentile(plot.iqm(all_resamples(x)), quantiles)
-    value, interval = plot.iqm_interval([x], rng)
-    assert value == plot.iqm(x) and interval == pytest.approx(exact, abs=0.1)
-    returns = np.stack([x, -10 * x], axis=1)
-    exact = np.percentile(all_resamples(x).mean(1), quantiles)
-    assert plot.mean_interval(returns, rng)[:, 0] == pytest.approx(exact, abs=0.2)
-    assert plot.mean_interval(returns, rng)[:, 1] == pytest.approx(-10 * exact[::-1], abs=2)
-    exact = np.percentile([plot.improvement(a, b) for a in all_resamples(x) for b in all_resamples(y)], quantiles)
-    value, interval = plot.improvement_interval([(x, y)], rng)
-    assert value == plot.improvement(x, y) and interval == pytest.approx(exact, abs=0.04)
+    x, y = np.array([3.0, 1, 7, 4, 4.5]), np.array([2.0, 3.5, 3.6])
+    exact = np.percentile([plot.iqm(a) for a in all_resamples(x)], [2.5, 97.5])
+    assert plot.interval([x], plot.iqm) == pytest.approx(exact, abs=0.1)
+    exact = np.percentile(all_resamples(x).mean(1), [2.5, 97.5])
+    assert plot.band(pd.Series(x)) == pytest.approx(exact, abs=0.1)
+    wins = np.sign(x[:, None] - y) / 2 + 0.5
+    exact = []
+    for rows in itertools.product(range(5), repeat=5):
+        exact += [wins[list(rows)][:, columns].mean() for columns in all_resamples(range(3))]
+    exact = np.percentile(exact, [2.5, 97.5])
+    assert plot.interval([x, y], plot.improvement) == pytest.approx(exact, abs=0.04)
 
 
-def test_the_bootstrap_draws_within_each_task():
+def test_the_bootstrap_draws_within_each_task_and_always_the_same():
     """Nothing varies within these tasks; between them everything does."""
-    rng, low, high = np.random.default_rng(0), np.zeros(4), np.ones(4)
-    value, interval = plot.iqm_interval([low, high], rng)
-    assert value == 0.5 and list(interval) == [0.5, 0.5]
-    value, interval = plot.improvement_interval([(high, low), (low, high)], rng)
-    assert value == 0.5 and list(interval) == [0.5, 0.5]
-    # and a task counts as one, however many seeds it has
-    assert plot.improvement_interval([(high, low), (np.zeros(1), np.ones(9))], rng)[0] == 0.5
+    low, high, x = np.zeros(4), np.ones(4), np.array([3.0, 1, 7, 4, 4.5])
+    assert [*plot.interval([low, high], plot.iqm)] == [0.5, 0.5]
+    assert [*plot.interval([high, low, low, high], plot.improvement)] == [0.5, 0.5]
+    assert plot.interval([x], plot.iqm) == plot.interval([x], plot.iqm)
 
 
-def fake(experiment, seed, steps, returns, environment="E-v0", **flags):
-    flags = {"leader": "none", "policy_lr": "0.1", "gamma": "0.99", "lam": "0", **flags}
-    terms = np.full((len(steps), 2), np.nan)
-    return plot.Run("AC, STAC", environment, experiment, seed, flags, np.array(steps), np.array(returns, float), terms)
+def table_of(*runs, family="AC"):
+    """Runs as plot.py has them: (environment, experiment, seed, {step: return})."""
+    rows = []
+    for environment, experiment, seed, returns in runs:
+        leader = "actor" if experiment.startswith("st") else "none"
+        for step, value in returns.items():
+            rows.append([environment, experiment, seed, step, value, np.nan, np.nan, family, leader, 0.05])
+    columns = [*plot.KEY, "step", "return", "ratio", "cosine", "family", "leader", "noise"]
+    return plot.in_order(pd.DataFrame(rows, columns=columns))
 
 
 def test_runs_are_compared_at_the_steps_common_to_all():
-    runs = [fake("a", 1, [20, 30, 40], [2, 3, 4]), fake("a", 2, [10, 20, 30, 40], [1, 5, 5, 5])]
-    runs.append(fake("b", 1, [10, 30], [0, 9]))  # nothing at 20
-    steps, returns = plot.align(runs)
-    assert list(steps) == [20, 30] and returns.tolist() == [[2, 3], [5, 5], [4.5, 9]]
-    scores, horizon = plot.score({"a": runs[:2], "b": runs[2:]})
-    assert horizon == 30
-    assert list(scores["a"]["final score"]) == [3, 5] and list(scores["b"]["area under the curve"]) == [6.75]
+    runs = [("E", "a", 1, {20: 2, 30: 3, 40: 4}), ("E", "a", 2, {10: 1, 20: 5, 30: 5, 40: 5})]
+    runs.append(("E", "b", 1, {10: 0, 30: 9}))  # nothing at 20
+    scores, last = plot.score(table_of(*runs), ["a", "b"])
+    assert last == 30 and scores.loc["a"].values.tolist() == [[3, 2.5], [5, 5]]
+    assert scores.loc["b"].values.tolist() == [[9, 6.75]]  # 4.5 at 20
+    scores, last = plot.score(table_of(*runs), ["a"])
+    assert last == 40 and scores.loc["a"].values.tolist() == [[4, 3], [5, 5]]
+    with pytest.raises(SystemExit, match="no step is common"):
+        plot.score(table_of(runs[0], ("E", "b", 1, {10: 1})), ["a", "b"])
 
 
-def test_a_shorter_experiment_does_not_cut_the_others():
-    runs = {"ac": (40, {}), "stac": (40, {"leader": "actor"}), "stac-short": (20, {"leader": "actor"})}
-    panel = {
-        name: [fake(name, seed, range(10, last + 1, 10), [seed, *[seed + 9] * (last // 10 - 1)], **flags)]
-        for seed, (name, (last, flags)) in enumerate(runs.items())
-    }
-    assert [list(part) for part in plot.by_length(panel)] == [["ac", "stac", "stac-short"], ["ac", "stac"]]
-    table = rows(plot.report({"AC, STAC": {"E-v0": panel}}))
-    scores = [row[1:2] + row[3:] for row in table if row[0] == "E-v0" and row[2] not in runs]
-    expected = [("ac", 20, 9, 4.5), ("stac", 20, 10, 5.5), ("stac-short", 20, 11, 6.5)]
-    expected += [("ac", 40, 9, 7.5), ("stac", 40, 10, 8.5)]
-    assert [[row[0], *map(float, row[1:])] for row in scores] == [list(row) for row in expected]
-    improvements = [row[1:5] for row in table if row[2] in runs]
-    shorter = [["stac-short", other, "1 †", "20"] for other in ("ac", "stac")]
-    assert improvements == [["stac", "ac", "1 †", "40"], *shorter]
+def test_scores():
+    scores, _ = plot.score(table_of(("E", "a", 1, {10: 0, 20: 10, 40: 4})), ["a"])
+    assert scores.values.tolist() == [[4, (50 + 140) / 30]]  # intervals of unequal length
+    scores, _ = plot.score(table_of(("E", "a", 1, {step: step for step in range(1, 101)})), ["a"])
+    assert scores.values.tolist() == [[np.mean(range(91, 101)), 50.5]]
+    scores, _ = plot.score(table_of(("E", "a", 1, {10: 7})), ["a"])
+    assert scores.values.tolist() == [[7, 7]]
 
 
-def test_over_tasks_are_the_experiments_that_each_has():
-    names = {"A-v0": ["ac", "stac", "stac-x"], "B-v0": ["ac", "stac"]}
-    flags = {"ac": {}, "stac": {"leader": "actor"}, "stac-x": {"leader": "actor"}}
-    panels = {
-        task: {name: [fake(name, 1, [10, 20], [len(name)] * 2, task, **flags[name])] for name in mine}
-        for task, mine in names.items()
-    }
-    table = rows(plot.report({"AC, STAC": panels}))
-    # stac-x is the best run of A-v0, and does not count where the tasks are taken together
-    both = [row for row in table if row[0] == "2 tasks, 0 to 1"]
-    assert [row[1] for row in both] == ["ac", "stac"] and [float(row[4]) for row in both] == [0, 1]
-
-
-def test_the_plain_version_has_the_same_other_flags():
-    names = {"ac": {}, "ac-2x": {"policy_lr": "0.2"}, "stac": {"leader": "actor", "lam": "500"}}
-    names["stac-2x"] = {"leader": "actor", "policy_lr": "0.2"}
-    names["stac-3x"] = {"leader": "actor", "policy_lr": "0.3"}
-    panel = {name: [fake(name, 1, [1], [1], **flags)] for name, flags in names.items()}
-    found = {name: plot.plain(panel[name][0], panel) for name in names if "st" in name}
-    assert found == {"stac": "ac", "stac-2x": "ac-2x", "stac-3x": None}
-
-
-@pytest.mark.parametrize("script", [stac_ac, stddpg, stsac])
-def test_the_flags_that_plain_versions_may_have_differently(script):
-    """All of the game's, and those that no result hangs on: the ones that may change when a run is carried on."""
-    fields = [field.name for field in dataclasses.fields(script.Args)]
-    game = set(fields[fields.index("leader") :]) - {"unroll"}  # `none` takes m follower steps, too
-    assert plot.GAME & set(fields) == game
-    assert plot.NEUTRAL & set(fields) == {*fields[: fields.index("env_id")], "total_timesteps"}
-
-
-def test_smoothing():
-    assert plot.smoothed(np.array([[1.0, 2, 3, 10]]), 2).tolist() == [[1, 1.5, 2.5, 6.5]]
-    assert plot.smoothed(np.array([[1.0, 2, 3, 10]]), 1).tolist() == [[1, 2, 3, 10]]
-
-
-# plot.py: what it says
+# plot.py: tables
 def rows(text):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
 
 
-def report_of(*seeds):
-    """The report on two tasks with so many seeds of `ac` and `stac`, whose returns are known."""
+def report_of(*runs):
+    runs = table_of(*runs)
+    flags = {}
+    for environment, experiment, leader in zip(runs.environment, runs.experiment, runs.leader):
+        flags[environment, experiment] = {"leader": leader, "policy_lr": "0.2" if "2x" in experiment else "0.1"}
+    return rows(plot.report(runs, flags))
+
+
+def test_a_shorter_experiment_does_not_cut_the_others():
+    ends = {"ac": 40, "stac": 40, "stac-short": 20}
     runs = []
-    for environment, number in zip(["A-v0", "B-v0"], seeds):
-        for seed in range(number):
-            runs.append(fake("ac", seed, [10, 20], [seed, seed], environment))
-            runs.append(fake("stac", seed, [10, 20], [seed + 0.5] * 2, environment, leader="actor"))
-    return plot.report(plot.group(runs))
+    for seed, (name, end) in enumerate(ends.items()):
+        runs.append(("E", name, seed, {10: seed, **{step: seed + 9 for step in range(20, end + 1, 10)}}))
+    table = report_of(*runs)
+    expected = [("20", "ac", 9, 4.5), ("20", "stac", 10, 5.5), ("20", "stac-short", 11, 6.5)]
+    expected += [("40", "ac", 9, 7.5), ("40", "stac", 10, 8.5)]
+    assert [(*row[1:3], *map(float, row[4:])) for row in table[2:7]] == expected
+    pairs = [("40", "stac over ac"), ("20", "stac-short over ac"), ("20", "stac-short over stac")]
+    assert [tuple(row[1:3]) for row in table[9:]] == pairs
+
+
+def two_tasks(*seeds):
+    """Two tasks with so many seeds of `ac` and `stac`, whose returns are known."""
+    runs = []
+    for environment, number, low in (("A-v0", seeds[0], 0), ("B-v0", seeds[1], 3)):
+        for seed in range(low, low + number):
+            runs.append((environment, "ac", seed, {10: seed, 20: seed}))
+            runs.append((environment, "stac", seed, {10: seed + 0.5, 20: seed + 0.5}))
+    return runs
 
 
 def test_report():
-    table = rows(report_of(5, 3))
-    scores = {tuple(row[:2]): row[2:] for row in table if row[2] != "ac"}
-    assert scores["A-v0", "ac"][:2] == ["5", "20"] and scores["A-v0", "ac"][2].startswith("2.000 (")
-    assert scores["B-v0", "stac"][:2] == ["3 †", "20"] and scores["B-v0", "stac"][2].startswith("1.500 (")
-    # ac: 0, 1, 2, 3, 4 of 0 to 4.5 and 0, 1, 2 of 0 to 2.5; without the best and the worst two
+    table = report_of(*two_tasks(5, 3), ("A-v0", "stac-x", 1, {10: 99, 20: 99}))  # the best of A-v0
+    scores = {(row[0], row[2]): row[3:] for row in table if len(row) == 6 and " over " not in row[2]}
+    assert scores["A-v0", "ac"][0] == "5" and scores["A-v0", "ac"][1].startswith("2.00 (")
+    assert scores["A-v0", "stac-x"] == ["1 †", "99.00", "99.00"]  # one seed has no interval
+    assert scores["B-v0", "stac"][0] == "3 †" and scores["B-v0", "stac"][1].startswith("4.500 (")
+    # ac: 0, 1, 2, 3, 4 of 0 to 4.5 and 3, 4, 5 of 3 to 5.5; without the best and the worst two
     pool = sorted([*(x / 4.5 for x in range(5)), *(x / 2.5 for x in range(3))])
-    assert scores["2 tasks, 0 to 1", "ac"][2].startswith(f"{np.mean(pool[2:-2]):.3f} (")
-    assert scores["2 tasks, 0 to 1", "ac"][0] == "3 to 5 †"
-    improvements = {row[0]: row[1:] for row in table if row[2] == "ac"}
-    assert improvements["A-v0"][2:4] == ["5", "20"] and improvements["A-v0"][4].startswith("0.60 (")  # 15 of 25 pairs
-    assert improvements["B-v0"][2] == "3 †" and improvements["B-v0"][4].startswith("0.67 (")  # 6 of 9
-    assert improvements["2 tasks"][2] == "3 to 5 †" and improvements["2 tasks"][4].startswith("0.63 (")
-
-
-def test_a_version_is_compared_with_the_one_whose_name_it_extends():
-    """`stac-gn-mean` is an experiment on `stac-gn`: this is what it has to be held against, beside the plain one."""
-    names, runs = ["ac", "ac-2x", "stac", "stac-gn", "stac-gn-mean", "ac-al", "stac2"], []
-    for i, name in enumerate(names):
-        leader = "none" if name in ("ac", "ac-2x") else "actor"
-        runs += [fake(name, seed, [10, 20], [10 * seed + i] * 2, leader=leader) for seed in range(2)]
-    pairs = [row[1:3] for row in rows(plot.report(plot.group(runs))) if row[2] in names]
-    over_plain = [[name, "ac"] for name in names if name not in ("ac", "ac-2x")]
-    assert sorted(pairs) == sorted([*over_plain, ["stac-gn", "stac"], ["stac-gn-mean", "stac-gn"]])
+    assert scores["2 tasks", "ac"][0] == "3 to 5 †"
+    assert scores["2 tasks", "ac"][1].startswith(f"{np.mean(pool[2:-2]):.3f} (")
+    assert ("2 tasks", "stac-x") not in scores
+    improvements = {row[0]: row[3:] for row in table if row[2] == "stac over ac"}
+    assert improvements["A-v0"][0] == "5" and improvements["A-v0"][1].startswith("0.60 (")  # 15 of 25 pairs
+    assert improvements["B-v0"][0] == "3 †" and improvements["B-v0"][1].startswith("0.67 (")  # 6 of 9
+    assert improvements["2 tasks"][0] == "3 to 5 †" and improvements["2 tasks"][1].startswith("0.63 (")
 
 
 def test_an_interval_does_not_depend_on_other_tasks():
     """A bootstrap is drawn, and a new run must not change what was published of the others."""
-    before, after = ([row for row in rows(report_of(first, 20)) if row[0] == "B-v0"] for first in (5, 6))
+    before, after = (report_of(*two_tasks(first, 20)) for first in (5, 6))
+    before, after = ([row for row in table if row[0] == "B-v0"] for table in (before, after))
     assert len(before) == 3 and before == after
 
 
-def test_one_seed_has_no_interval():
-    table = rows(report_of(1, 1))
-    assert [row[4] for row in table if row[:2] == ["A-v0", "ac"]] == ["0.000"]
-    assert all("(" not in cell for row in table for cell in row)
+def test_what_a_version_is_held_against():
+    """The plain one with the same other flags; and `stac-gn-mean` is an experiment on `stac-gn`."""
+    names = ["ac", "ac-2x", "stac", "stac-2x", "stac-gn", "stac-gn-mean", "stac2"]
+    table = report_of(*(("E", name, seed, {10: seed}) for name in names for seed in range(2)))
+    pairs = {row[2] for row in table if " over " in row[2]}
+    expected = {"stac-2x over ac-2x", "stac-2x over stac", "stac-gn over stac", "stac-gn-mean over stac-gn"}
+    assert pairs == expected | {f"{name} over ac" for name in ("stac", "stac-gn", "stac-gn-mean", "stac2")}
 
 
-@pytest.mark.parametrize(
-    "ac, stac, expected",
-    [
-        (5, 5, "5 seeds, 2k steps"),
-        (3, 3, "3 seeds (fewer than 5), 2k steps"),
-        (6, 4, "4 to 6 seeds (some fewer than 5), 2k steps"),
-        (1, 1, "1 seed (fewer than 5), 2k steps"),
-    ],
-)
-def test_panels_with_few_seeds_are_marked(ac, stac, expected):
-    panel = {"ac": [fake("ac", i, [1000, 2000], [i**2, i]) for i in range(ac)]}
-    panel["stac"] = [fake("stac", i, [1000, 2000], [i, 2 * i]) for i in range(stac)]
-    figure, axes = plt.subplots()
-    plot.draw_panel(axes, "E-v0", panel, {"ac": "r", "stac": "b"}, 1, np.random.default_rng(0))
-    (text,) = axes.texts
-    assert text.get_text() == expected
-    assert (text.get_bbox_patch().get_facecolor()[3] > 0) == ("fewer" in expected)
-    assert list(axes.lines[0].get_ydata()) == [np.mean([i**2 for i in range(ac)]), np.mean(range(ac))]
-    plt.close(figure)
+# plot.py: the figure, the command line
+def test_figure(here, monkeypatch):
+    """Twelve panels, each with its seeds and steps; one colour a role, and its dashes tell the experiments apart."""
+    runs = [
+        ("CartPole-v1", name, seed, {4000 * i: 1 for i in range(1, 11)})
+        for name in ("ac-m1", "ac-m80")
+        for seed in (1, 2)
+    ]
+    runs += [("CartPole-v1", name, 1, {20000: 1}) for name in ("ac-2x-m80", "stac-released-m1", "stac-x")]
+    runs = table_of(*runs)
+    monkeypatch.setattr(plot.plt.Figure, "savefig", lambda *args, **options: None)
+    plot.draw(runs, "figure3.png")
+    figure = plot.plt.gcf()
+    panels = [axes.get_title() for axes in figure.axes]
+    assert panels[0] == "CartPole-v1\n1 to 2 seeds, 20k to 40k steps, noise 0.05"
+    tasks = ["Hopper-v4", "Reacher-v4", "Walker2d-v4"]
+    assert panels[1:] == [*tasks, "HalfCheetah-v4", *tasks, "HalfCheetah-v4", *tasks]
+    assert [axes.texts[0].get_text() for axes in figure.axes[1:]] == ["not run"] * 11
+    drawn = [line for line in figure.axes[0].lines if len(line.get_xdata())]
+    assert [[*line.get_xdata()] for line in drawn[:2]] == [[20000, 40000]] * 2  # five batches a point
+    legend = {text.get_text(): line for text, line in zip(figure.legends[0].texts, figure.legends[0].get_lines())}
+    colours = {name: line.get_color() for name, line in legend.items() if name.strip()}
+    assert colours == {
+        "AC, m = 1": plot.COLOURS["none"],
+        "AC, m = 80": plot.COLOURS["none"],
+        "STAC as released, m = 1": plot.COLOURS["actor"],
+        "control: AC, 2 × the rate, m = 80": plot.COLOURS["control"],
+        "stac-x": plot.COLOURS["actor"],
+    }
+    dashes = plot.styles(runs)["dashes"]
+    assert dashes["ac-m1"] != dashes["ac-m80"] and dashes["stac-released-m1"] != dashes["stac-x"]
+    plot.plt.close("all")
 
 
-def test_terms_are_drawn_to_the_end_of_the_longest(here, monkeypatch):
-    runs = [fake(name, 1, steps, [0] * len(steps), leader="actor") for name, steps in (("a", [1, 2]), ("b", [1, 2, 9]))]
-    runs = [run._replace(terms=np.full((len(run.steps), 2), 0.5)) for run in runs]
-    monkeypatch.setattr(plt, "close", lambda figure: None)
-    plot.draw_terms(plot.group(runs), "terms.png")
-    assert all(axes.get_xlim()[0] == 0 and axes.get_xlim()[1] >= 9 for axes in plt.gcf().axes)
-    monkeypatch.undo()
-    plt.close("all")
+def test_the_committed_runs_in_the_figure():
+    """MuJoCo's of AC come of the study; a role is one colour in all rows, and no experiment is without a name."""
+    folder = ROOT / "benchmark" / "results"
+    curves, flags = plot.read_csv(folder)
+    assert {experiment for _, experiment, _ in curves} <= plot.LABELS.keys()
+    runs = table_of(("CartPole-v1", "ac-m1", 1, {10: 1}))
+    runs = plot.with_study(runs, folder / "stac_ac_rates.csv")
+    added = runs[runs.noise == 0].groupby(["environment", "experiment"], observed=True).seed.nunique()
+    names = ["ac-m80", "stac-released-m80", "stac-every-gn-m80", "ac-1.15x-m80"]
+    expected = {(task, name): 5 for task in ("Hopper-v4", "Reacher-v4", "Walker2d-v4") for name in names}
+    assert added.to_dict() == expected
+    assert set(runs.leader[runs.experiment == "stac-every-gn-m80"]) == {"actor"}
+
+
+def main(monkeypatch, capsys, *options):
+    monkeypatch.setattr(sys, "argv", ["plot.py", *options])
+    plot.main()
+    return capsys.readouterr()
 
 
 def test_command_line(here, capsys, monkeypatch):
     for seed in (1, 2):
-        write_run("ddpg", seed, [1, 2])
-        write_run("stddpg-al", seed, [2, 3], {**DDPG, "leader": "actor"})
+        write_run("ddpg", seed, [0.1 + seed, -2e-7, 1234567.0])
         write_run("ac-m1", seed, [2, 3], AC)
-    monkeypatch.setattr(sys, "argv", ["plot.py", "runs", "--out", "a/b", "--smooth", "2"])
-    plot.main()
-    out, err = capsys.readouterr()
-    assert out.strip() == Path("a/b/table.md").read_text().strip() and "6 runs" in err
-    assert plt.imread("a/b/figure3.png").std() > 0.01 and not Path("a/b/terms.png").exists()
-    assert len(Path("a/b/curves.csv").read_text().splitlines()) == 1 + 6 * 2
+    out, err = main(monkeypatch, capsys, "runs", "--out", "a/b")
+    assert out == Path("a/b/table.md").read_text() + "\n" and "4 runs" in err
+    assert plot.plt.imread("a/b/figure3.png").std() > 0.01 and not Path("a/b/terms.png").exists()
+    curves = Path("a/b/curves.csv").read_text().splitlines()
+    assert curves[0] == "environment,experiment,seed,step,return,ratio,cosine" and len(curves) == 1 + 10
+    expected = ["10,1.1,,", "20,-2e-07,,", "30,1234567,,"]
+    assert curves[5:8] == [f"Hopper-v4,ddpg,1,{row}" for row in expected]
 
-    # two more runs, one of them instead of an earlier one; the folder has no other
-    shutil.move("runs", "earlier")
-    stac = {**AC, "leader": "actor", "lam": 1}
+    # three more runs, one of them instead of an earlier one; the folder has no other
+    Path("runs").rename("earlier")
     for seed in (1, 2):
-        write_terms(write_run("stac-al-m1", seed, [3, 4], stac), {10: (1, 1, 0.5), 20: (1, 2 * seed, -0.5)})
+        write_run("stac-every-m1", seed, [3, 4], AC | {"leader": "actor"}, {10: (1, 1, 0.5), 20: (3, 2 * seed, -0.5)})
     write_run("ac-m1", 2, [7, 9], AC)
-    monkeypatch.setattr(sys, "argv", ["plot.py", "runs", "--out", "a/b", "--add"])
-    plot.main()
-    out, err = capsys.readouterr()
-    assert "8 runs" in err and plt.imread("a/b/terms.png").std() > 0.01
+    out, err = main(monkeypatch, capsys, "runs", "--out", "a/b", "--add")
+    assert "6 runs" in err and plot.plt.imread("a/b/terms.png").std() > 0.01
     found = {(row[0], row[1]): row[2:] for row in rows(out)}
-    assert found["CartPole-v1", "ac-m1"][2].startswith("6.000 (")  # (3 + 9) / 2
-    assert found["CartPole-v1", "stac-al-m1"] == ["2 †", "2 to 4", "−0.5 to −0.5"]  # the last table
-    improvement = next(row for row in rows(out) if row[1:3] == ["stac-al-m1", "ac-m1"])
-    assert improvement[5].startswith("0.50 (")
-    monkeypatch.setattr(sys, "argv", ["plot.py", "runs", "--out", "a/b"])
-    plot.main()
-    assert "3 runs" in capsys.readouterr().err
-    for folder, expected in [("none", "no folder none"), ("a", "no finished run in a")]:
-        monkeypatch.setattr(sys, "argv", ["plot.py", folder])
-        with pytest.raises(SystemExit) as error:
-            plot.main()
-        message = capsys.readouterr().err
-        assert error.value.code == 2 and expected in message and message.count("\n") == 1
+    assert found["CartPole-v1", "STAC, every state, m = 1"] == ["2 †", "0.67 to 1.3", "−0.5 to −0.5"]
+    (ac,) = (row for row in rows(out) if row[2] == "AC, m = 1")
+    assert ac[4].startswith("6.000 (")  # (3 + 9) / 2
+    curves = Path("a/b/curves.csv").read_text()
+    assert "CartPole-v1,stac-every-m1,2,20,4,1.333,-0.5\n" in curves
+    flags = json.loads(Path("a/b/flags.json").read_text())
+    assert flags["CartPole-v1__stac-every-m1"]["leader"] == "actor" and flags["Hopper-v4__ddpg"]["lam"] == "500.0"
+    again, _ = main(monkeypatch, capsys, "a/b", "--out", "a/b", "--add")  # of the CSV alone
+    assert again == out and Path("a/b/curves.csv").read_text() == curves
+    assert "3 runs" in main(monkeypatch, capsys, "runs", "--out", "a/b")[1]
+    with pytest.raises(SystemExit, match="no finished run in none"):
+        main(monkeypatch, capsys, "none")
 
 
 # rates.py
-def write_study_run(arm, rate, seed, returns, norms=(), m=1):
-    """A run of the study: a return for each batch, and |implicit|, |direct| and the cosine for each, if it has them."""
-    path = write_run(f"{arm}-lr{rate}-m{m}", seed, returns, AC)
-    args = stac_ac.Args(policy_lr=rate, seed=seed, unroll=m, leader="none")
-    if arm == "batch":
-        args = dataclasses.replace(args, leader="actor", start_states="batch")
-    torch.save({"args": vars(args)}, path / "model.pt")
-    writer = SummaryWriter(str(path))
-    for i, values in enumerate(norms):
-        for tag, value in zip(("implicit_norm", "direct_norm", "cosine"), values):
-            writer.add_scalar(f"stackelberg/{tag}", value, 10 * i + 10)
-    writer.close()
-    return path
-
-
 def test_rates(here, monkeypatch, capsys):
-    """The best rate is chosen by the seeds up to 10 and the others compared; rows of five batches; the CSV stays."""
+    """The best rate is chosen by the seeds up to 10, and the others are compared."""
+    study = []
+
+    def add(arm, rate, seed, returns, ratios=(np.nan, np.nan), m=1):
+        for i, (value, ratio) in enumerate(zip(returns, ratios)):
+            study.append(["CartPole-v1", 0.0, m, arm, rate, seed, 50 * i + 50, value, ratio, ratio / 4])
+
     for seed, low in ((1, 10), (2, 12), (11, -40), (12, -30), (13, 0), (14, 500)):  # 0.1: the best of the first two
-        write_study_run("ac", 0.1, seed, [low] * 5 + [low + 10] * 7)
-        write_study_run("ac", 0.2, seed if seed < 10 else seed + 10, [10.0 * (seed < 10)] * 10)
-    write_study_run("ac", 0.4, 1, [1.0] * 10)
-    write_study_run("ac", 0.05, 11, [99.0] * 10)  # of a rate that was not tried by the seeds that choose
-    write_study_run("ac", 0.8, 1, [99.0] * 10).joinpath("model.pt").unlink()  # not finished
-    norms = [(value, 2, 0.5) for value in (1, 2, 30, 4, 5)] + [(0, 0, 0)] * 5  # medians: 2, and 0 of a dead policy
+        add("AC", 0.1, seed, [low, low + 10])
+        add("AC", 0.2, seed if seed < 10 else seed + 10, [10.0 * (seed < 10)] * 2)
+    add("AC", 0.4, 1, [1, 1])
     for seed in (1, 2, 11, 12):  # one rate: all seeds are compared
-        write_study_run("batch", 0.1, seed, [0.0] * 5 + [-25.0] * 5, norms)
+        add("STAC, batch", 0.1, seed, [12, 12] if seed < 10 else [0, -25], [2, 0])
     for rate, value in ((0.1, 5.0), (0.2, 7.0)):  # seeds that choose, and no others
-        write_study_run("ac", rate, 3, [value] * 10, m=80)
-    write_run("ddpg", 1, [1, 2])
-    torch.save({"args": vars(stddpg.Args())}, here / "runs/Hopper-v4__ddpg__1__1/model.pt")
-    monkeypatch.setattr(sys, "argv", ["rates.py", "runs", "--out", "out"])
+        add("AC", rate, 3, [value] * 2, m=80)
+    columns = ["environment", "noise", "m", "arm", "rate", "seed", "step", "return", "ratio", "cosine"]
+    pd.DataFrame(study, columns=columns).to_csv("stac_ac_rates.csv", index=False)
+    monkeypatch.setattr(sys, "argv", ["rates.py", "."])
     rates.main()
-    text, err = capsys.readouterr()
-    assert err.count("left out, not finished") == 1 and "ac-lr0.8" in err
-    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| CartPole")]
-    head = next(line for line in text.splitlines() if line.startswith("| task")).split(" | ")
-    assert head[2:] == ["seeds", "0.05", "0.1", "0.2", "0.4 |"]
+    table = [row for row in rows(capsys.readouterr().out) if row[0] != "---"]
     title = "CartPole-v1, m = 1"
-    assert rows[0] == [title, "AC", "2", "", "**16 (15 to 17)**", "10 (10 to 10)", "1 (1 †)"]
-    ac, batch = rows[2:4]
+    assert table[0] == ["task", "run", "seeds", "0.1", "0.2", "0.4"]
+    assert table[1] == [title, "AC", "2", "**16.0 (15.0 to 17.0)**", "10.0 (10.0 to 10.0)", "1.0 (1.0 to 1.0) (1 †)"]
+    assert table[2] == ["CartPole-v1, m = 80", "AC", "1", "5.00 (5.00 to 5.00)", "**7.00 (7.00 to 7.00)**", ""]
+    ac, released, ac_80 = table[4:7]
     assert ac[:4] == [title, "AC", "0.1 ‡", "4 †"] and ac[4].startswith("−5.0 (")  # without −30 and 510
-    assert ac[5].startswith("−10.0 (")
-    assert batch[:6] == [title, "STAC, batch", "0.1", "4 †", "−25.0 (−25.0 to −25.0)", "−12.5 (−12.5 to −12.5)"]
-    assert batch[6].startswith("0.25 (") and batch[7].startswith("0.50 (")  # beats -30; beats -35 and -25
-    assert batch[8:] == ["1 to 1", "0.25 to 0.25"]  # medians of the rows: 1, 0 and 0.5, 0, so 0.5 and 0.25
-    assert rows[4][:4] == ["CartPole-v1, m = 80", "AC", "0.2 ‡ §", "1 †"]
-    # at 0.1 the areas are 2 × -12.5, and AC's at 0.2 are 2 × 10
-    assert rows[5] == [title, "STAC, batch", "0.1/0.2", "2 †", "0.00 (0.00 to 0.00)"]
+    assert ac[5].startswith("−10.0 (") and ac[6:] == [""] * 4
+    assert released[:4] == [title, "STAC, released", "0.1", "4 †"]
+    # beats 3 and 1 of -30, -20, 10, 510, and in the area 3 and 2 of -35, -25, 5, 505
+    starts = ["−6.5 (", "−0.2 (", "0.50 (", "0.62 ("]
+    assert all(cell.startswith(start) for cell, start in zip(released[4:8], starts))
+    assert released[8:] == ["1 to 1", "0.25 to 0.25"]
+    assert ac_80[:4] == ["CartPole-v1, m = 80", "AC", "0.2 ‡ §", "1 †"]
+    # at 0.1 the areas are 2 × 12, and AC's at 0.2 are 2 × 10 (and at 0.1 more)
+    assert table[8] == [title, "STAC, released", "2 †", "0.1/0.2", "1.00 (1.00 to 1.00)"]
     for name in ("stac_ac_rates.png", "stac_ac_curves.png"):  # m = 80, and m = 1 with an arm of one rate
-        assert (here / "out" / name).stat().st_size > 10_000
-
-    lines = (here / "out" / "stac_ac_rates.csv").read_text()
-    assert "CartPole-v1,0.0,1,AC,0.1,1,50,10,,\nCartPole-v1,0.0,1,AC,0.1,1,100,20,,\n" in lines  # two are no row
-    assert 'CartPole-v1,0.0,1,"STAC, batch",0.1,11,50,0,2,0.5\n' in lines and ",0.8," not in lines
-    monkeypatch.setattr(sys, "argv", ["rates.py", "nothing", "--out", "out"])
-    rates.main()  # of the CSV alone
-    assert capsys.readouterr().out == text and (here / "out" / "stac_ac_rates.csv").read_text() == lines
-
-    monkeypatch.setattr(sys, "argv", ["rates.py", "runs", "--out", "out"])
-    other = write_study_run("ac", 0.3, 1, [1.0] * 20)
-    with pytest.raises(SystemExit):
-        rates.main()
-    assert "another length" in capsys.readouterr().err
-    shutil.rmtree(other)
-    write_run("again", 1, [1.0] * 10, AC)
-    torch.save({"args": vars(stac_ac.Args(leader="none"))}, here / "runs/CartPole-v1__again__1__1/model.pt")
-    with pytest.raises(SystemExit):
-        rates.main()
-    assert "more than one run" in capsys.readouterr().err
+        assert plot.plt.imread(name).std() > 0.01
