@@ -199,7 +199,7 @@ def numpy_mlp(net):
             bias = layer.bias.detach().cpu().numpy()
             layers.append((np.ascontiguousarray(weight.T), bias))
         elif not isinstance(layer, nn.Tanh):
-            stop(f"the actor acts in numpy, and numpy_mlp does not know {layer}: change it with mlp")
+            stop(f"the actor acts in numpy, and numpy_mlp does not know {type(layer).__name__}: change it with mlp")
     last_weight, last_bias = layers.pop()
 
     def forward(x):
@@ -425,8 +425,6 @@ def critic_loss(values, targets, ratio=1):
     θ is in the targets, and in the ratio π_θ(a|s) / π_{θ_k}(a|s) of how likely the actions are. For a follower, and for
     a critic that nobody leads, both are constants.
     """
-    if values.shape != targets.shape:
-        stop(f"the critic's values are {tuple(values.shape)} and their targets {tuple(targets.shape)}, not both [N]")
     return (ratio * (values - targets) ** 2).mean()
 
 
@@ -812,6 +810,9 @@ def check_first_batch(actor, critic, batch):
     """Ends the run in one line if it would be silently wrong with these networks."""
     if set(actor.parameters()) & set(critic.parameters()):
         stop("actor and critic share parameters, so they are no two players")
+    values = critic(batch.obs, batch.actions)
+    if values.shape != batch.rewards.shape:
+        stop(f"the critic's values are {tuple(values.shape)}, not {tuple(batch.rewards.shape)} like the rewards")
     # the policy that acts and the policy that learns, in float64: rounding is no difference
     policy = copy.deepcopy(actor).cpu().double()
     obs = batch.obs.cpu().double()

@@ -258,7 +258,7 @@ class ReplayBuffer:
         shapes = Batch(obs_shape, act_shape, (), obs_shape, ())
         numbers = sum(math.prod(shape) for shape in shapes)
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if device.type == "cuda":
+        if torch.device(device).type == "cuda":
             memory = torch.cuda.get_device_properties(device).total_memory
         if 4 * numbers * size > memory:
             stop(f"--buffer-size {size} takes {4 * numbers * size / 1e9:.1f} GB, and there are {memory / 1e9:.1f}")

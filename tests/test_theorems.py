@@ -43,7 +43,7 @@ class FeatureV(stac_ac.Critic):
     def __init__(self, hidden):
         super().__init__(Box(-1.0, 1.0, (1,)), hidden)
 
-    def forward(self, obs):
+    def forward(self, obs, actions=None):
         return super().forward(features(obs))
 
 
@@ -72,6 +72,7 @@ class MDP:
 
     def __init__(self, critic="v", quarters=False, hidden=(2,)):
         torch.manual_seed(0)
+        self.kind = critic
         self.P, self.R = make_mdp()
         self.actor = stac_ac.Actor(*SPACES, hidden=())
         self.critic = {"v": FeatureV, "q": FeatureQ}[critic](hidden)
@@ -167,11 +168,17 @@ class MDP:
         s, a, s2, trajectory = steps.T
         return stac_ac.Rollout(ONE_HOT[s], a, self.R[s, a], ONE_HOT[s2], (s2 == STATES).double(), trajectory)
 
+    def args(self, **flags):
+        return stac_ac.Args(**{"critic": self.kind, "gamma": GAMMA, "gae_lambda": 0.0, **flags})
+
+    def score(self, batch):
+        return stac_ac.score_function(self.actor(batch.obs), batch.actions)
+
     def surrogates(self, batch, start_states="every", gae_lambda=0.0, gamma=GAMMA, curvature="hessian"):
         """The script's f1 and f2."""
-        args = stac_ac.Args(gamma=gamma, start_states=start_states, curvature=curvature)
-        estimates = stac_ac.estimate(self.actor, self.critic, batch, gamma, gae_lambda)
-        score = stac_ac.score_function(self.actor, batch)
+        args = self.args(gamma=gamma, gae_lambda=gae_lambda, start_states=start_states, curvature=curvature)
+        estimates = stac_ac.estimate(self.actor, self.critic, batch, args)
+        score = self.score(batch)
         f1 = stac_ac.actor_surrogate(self.critic, batch, score, estimates.advantages, args)
         return f1, stac_ac.critic_surrogate(self.critic, batch, score, estimates, args)
 
@@ -355,7 +362,7 @@ def test_total_derivative_is_that_of_the_best_response(critic, hidden, lam):
 
 
 class TestCosine:
-    """DESIGN: with one start state per batch and batch means, `initial` is vanilla actor-critic at another rate."""
+    """With one start state per batch and batch means, `initial` is vanilla actor-critic at another rate."""
 
     def cosine(self, start_states, gamma, starts, n=50):
         """Between the direct and the implicit term; the policy gradient has the same advantages in both."""
@@ -387,11 +394,11 @@ class TestCosine:
 
 
 class TestReleasedEstimator:
-    """`--start-states batch`: one start state, and the batch's mean policy gradient for ∇_θV^π(s_0)."""
+    """`--start-states released`: one start state, and the batch's mean policy gradient for ∇_θV^π(s_0)."""
 
     def factor(self, mdp, batch, lam, curvature="hessian", iterations=200):
         """total = factor · direct, and the solver's info; fails unless it is so to rounding."""
-        f1, f2 = mdp.surrogates(batch, "batch", 0.97, curvature=curvature)
+        f1, f2 = mdp.surrogates(batch, "released", 0.97, curvature=curvature)
         total, info = stac_ac.stackelberg_gradient(f1, f2, mdp.theta, mdp.w, lam, iterations, 1e-13)
         total, direct = vector(total), vector(stac_ac.grad(f1, mdp.theta))
         factor = (total @ direct / (direct @ direct)).item()
@@ -412,7 +419,7 @@ class TestReleasedEstimator:
         J = second(values, mdp.w)
         H = 2 / len(values) * J.T @ J
         if curvature == "hessian":
-            returns = stac_ac.estimate(mdp.actor, mdp.critic, batch, GAMMA, 0.97).returns
+            returns = stac_ac.estimate(mdp.actor, mdp.critic, batch, mdp.args()).returns
             loss = ((values - returns) ** 2).mean()
             H = second(vector(stac_ac.grad(loss, mdp.w, create_graph=True)), mdp.w)
         v = torch.linalg.solve(H + lam * torch.eye(len(H)), J.mean(0))
@@ -425,7 +432,7 @@ class TestReleasedEstimator:
         """Linear with a constant feature, the bias, and fitted over the batch: 2 as λ → 0, 1 as λ → ∞."""
         mdp = MDP("v", hidden=())
         batch = mdp.sampled_batch(50, np.random.default_rng(2))
-        returns = stac_ac.estimate(mdp.actor, mdp.critic, batch, GAMMA, 0.97).returns
+        returns = stac_ac.estimate(mdp.actor, mdp.critic, batch, mdp.args()).returns
         phi = torch.cat([features(batch.obs), torch.ones(len(returns), 1)], 1)  # the order of weight and bias
         set_vector(mdp.w, torch.linalg.lstsq(phi, returns[:, None]).solution[:, 0])
         # v = (H + λI)⁻¹ H e/2 = e/2 - λ (H + λI)⁻¹ e/2: off by λ over H's smallest eigenvalue, 0.1 here
@@ -446,7 +453,7 @@ class TestReleasedEstimator:
 
 
 @pytest.mark.parametrize(
-    "critic, start_states", [("v", "every"), ("v", "initial"), ("v", "batch"), ("q", "every"), ("q", "initial")]
+    "critic, start_states", [("v", "every"), ("v", "initial"), ("v", "released"), ("q", "every"), ("q", "initial")]
 )
 class TestGaussNewton:
     """`--curvature gauss-newton`: of the derivatives of f1 and f2 it changes ∇_w²f2 alone, into (2/N) 𝒥ᵀ𝒥."""
@@ -459,7 +466,7 @@ class TestGaussNewton:
             f1, f2 = mdp.surrogates(batch, start_states, curvature=curvature)
             found[curvature] = {"f2": f2, **derivatives(f1, f2, f2, mdp.theta, mdp.w)}
         hessian = found["hessian"].pop("∇_w²f2")
-        J = second(stac_ac.critic_values(mdp.critic, batch), mdp.w)
+        J = second(mdp.critic(batch.obs, batch.actions), mdp.w)
         gauss_newton = found["gauss-newton"].pop("∇_w²f2")
         torch.testing.assert_close(gauss_newton, 2 / len(J) * J.T @ J)
         assert torch.linalg.eigvalsh(gauss_newton)[0] > -1e-12
@@ -472,7 +479,7 @@ class TestGaussNewton:
         f1, f2 = mdp.surrogates(batch, start_states, curvature="gauss-newton")
         total, info = stac_ac.stackelberg_gradient(f1, f2, mdp.theta, mdp.w, lam, 200, 1e-13)
         d = derivatives(*mdp.surrogates(batch, start_states)[:1], f2, f2, mdp.theta, mdp.w)
-        J = second(stac_ac.critic_values(mdp.critic, batch), mdp.w)
+        J = second(mdp.critic(batch.obs, batch.actions), mdp.w)
         v = torch.linalg.solve(2 / len(J) * J.T @ J + lam * torch.eye(J.shape[1]), d["∇_wf1"])
         expected = d["∇_θf1"] - d["∇_θ∇_wf2"].T @ v
         assert info["implicit_norm"] > 0.1 * info["direct_norm"]
@@ -497,12 +504,12 @@ def test_a_changed_network_and_loss(activation, curvature, monkeypatch):
     monkeypatch.setattr(stac_ac, "critic_loss", changed)
     f1, f2 = mdp.surrogates(batch, curvature=curvature)
     found = derivatives(f1, f2, f2, mdp.theta, mdp.w)
-    est = stac_ac.estimate(mdp.actor, mdp.critic, batch, GAMMA, 0.0)
+    est = stac_ac.estimate(mdp.actor, mdp.critic, batch, mdp.args())
     values = mdp.critic(batch.obs)
     error, J = (values - est.returns).detach(), second(values, mdp.w)
     slope, bend = weights * error.clamp(-1, 1) / n, weights * (error.abs() < 1) / n
     assert 0.1 < (bend > 0).double().mean() < 0.9  # both parts of Huber's loss
-    score = stac_ac.score_function(mdp.actor, batch)
+    score = mdp.score(batch)
     influence = second(stac_ac.discounted_sum(score * est.mc_advantages, GAMMA, batch.trajectory), mdp.theta)
     torch.testing.assert_close(found["∇_wf2"], J.T @ slope)
     torch.testing.assert_close(found["∇_θ∇_wf2"], -J.T @ (bend[:, None] * influence))
