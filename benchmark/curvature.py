@@ -34,11 +34,11 @@ class Args:
     """λ"""
 
 
-SOLVES = {  # changes to the script's own Args
+SOLVES = {  # changes to the script's own Args; a preconditioned solve takes one product more than iterations
     "Gauss-Newton": {"curvature": "gauss-newton"},
-    "preconditioned, 1 product": {"cg_iters": 1},
-    "preconditioned, 2 products": {"cg_iters": 2},
-    "preconditioned, 3 products": {"cg_iters": 3},
+    "preconditioned, 1 product": {"cg_iters": 0},
+    "preconditioned, 2 products": {"cg_iters": 1},
+    "preconditioned, 3 products": {"cg_iters": 2},
     "plain, 3 products": {"precondition": False, "cg_iters": 3},
     "plain, 10 products": {"precondition": False, "cg_iters": 10},
 }

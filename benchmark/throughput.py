@@ -156,7 +156,12 @@ def contestants(args):
                 found.append(Contestant(state["algorithm"] + version, name, mode, update))
     for path in args.checkpoints if args.sb3 else ():
         state = torch.load(path, weights_only=True)
-        found.append(Contestant(state["algorithm"], "Stable-Baselines3", "eager", stable_baselines_update(state, args)))
+        try:
+            update = stable_baselines_update(state, args)
+        except ImportError as e:
+            print(f"without Stable-Baselines3: {e}", file=sys.stderr)
+            break
+        found.append(Contestant(state["algorithm"], "Stable-Baselines3", "eager", update))
     return found
 
 
