@@ -1,0 +1,130 @@
+"""benchmark/throughput.py on tiny networks, and the commands of benchmark/gpu.sh: no minute of a GPU is to be lost."""
+
+import importlib.util
+import os
+import re
+import shlex
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tyro
+
+import stddpg
+import stsac
+
+ROOT = Path(__file__).parent.parent
+spec = importlib.util.spec_from_file_location("throughput", ROOT / "benchmark/throughput.py")
+throughput = importlib.util.module_from_spec(spec)
+sys.modules["throughput"] = throughput
+spec.loader.exec_module(throughput)
+
+
+@pytest.fixture(scope="module", params=[stddpg, stsac])
+def checkpoint(request, tmp_path_factory):
+    """A checkpoint of a short run of the script."""
+    run_dir = tmp_path_factory.mktemp(request.param.ALGORITHM)
+    request.param.train(
+        request.param.Args(
+            env_id="Pendulum-v1",
+            leader="none",
+            hidden=(8,),
+            total_timesteps=60,
+            start_steps=30,
+            update_after=50,
+            run_dir=str(run_dir),
+        )
+    )
+    return run_dir / "checkpoint.pt"
+
+
+def test_table_and_profile(checkpoint, tmp_path, capsys, monkeypatch):
+    """Every contestant has its row, and two versions of a script take turns."""
+    line = ["throughput.py", str(checkpoint), "--updates", "2", "--rounds", "1", "--no-compile", "--batch-size", "10"]
+    line += ["--against", str(ROOT), "--profile", str(tmp_path / "profile.txt")]
+    monkeypatch.setattr(sys, "argv", line)
+    throughput.main()
+    out = capsys.readouterr()
+    assert out.err.replace("\n", "") == "" or "profiler" in out.err
+    rows = [row.split(" | ") for row in out.out.splitlines() if row.startswith("| st")]
+    assert [row[1] for row in rows] == [name for name in throughput.CONTESTANTS for _ in range(2)]
+    assert {row[0].strip("| ") for row in rows} == {
+        checkpoint.parent.name[:-1],
+        f"{checkpoint.parent.name[:-1]} before",
+    }
+    plain, plain_before = rows[0], rows[1]
+    assert plain[4].startswith("1.00") and plain_before[4].startswith("1.00")
+    assert plain[5] != "" and plain_before[5] == ""
+    ten_products = next(row for row in rows if "10 products" in row[1])
+    assert 0 < float(ten_products[6].strip(" |")) <= 10
+    assert "aten::addmm" in (tmp_path / "profile.txt").read_text()
+
+
+def test_an_update_is_that_of_training(checkpoint):
+    """From the checkpoint's networks and buffer, with the batch and the flags of the contestant."""
+    state = throughput.torch.load(checkpoint, weights_only=True)
+    script = throughput.load_script(state["algorithm"], ROOT)
+    seen = {}
+    update = script.stackelberg_update
+
+    def noticing(nets, optimizers, batches, *rest):
+        seen["actor"] = {name: p.clone() for name, p in nets[0].state_dict().items()}
+        seen["batch"] = len(batches[0].obs)
+        seen["args"] = rest[-2]
+        return update(nets, optimizers, batches, *rest)
+
+    script.stackelberg_update = noticing
+    args = throughput.Args((checkpoint,), batch_size=7)
+    throughput.training_update(script, state, {"leader": "critic"}, "eager", args)()
+    assert seen["batch"] == 7 and seen["args"].leader == "critic"
+    for name, p in state["actor"].items():
+        assert throughput.torch.equal(seen["actor"][name], p)
+
+
+def fake_python(folder):
+    """An interpreter that notes its command, and makes what the next commands want."""
+    path = folder / "python"
+    path.write_text(
+        '#!/bin/sh\necho "$@" >>"$COMMANDS"\n'
+        'while [ $# -gt 0 ]; do [ "$1" != --run-dir ] || { mkdir -p "$2"; touch "$2/checkpoint.pt"; }; shift; done\n'
+    )
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+def test_commands_of_the_gpu_script(tmp_path):
+    """Each is one that its program takes."""
+    (tmp_path / "wheels").mkdir()
+    environment = os.environ | {"PYTHON": str(fake_python(tmp_path)), "COMMANDS": str(tmp_path / "commands")}
+    line = [ROOT / "benchmark/gpu.sh", tmp_path / "wheels", tmp_path / "out"]
+    subprocess.run(line, env=environment, check=True, stdout=subprocess.DEVNULL)
+    text = (tmp_path / "commands").read_text()
+    assert text.count("-m pytest") == 1 and text.count("--cuda-graphs") == 2 and text.count("--profile") == 1
+    parsers = {"throughput.py": throughput.Args, "stsac.py": stsac.Args}
+    parsed = 0
+    for command in text.splitlines():
+        program = re.match(r"(?:benchmark/)?(\w+\.py) ", command)
+        if program:
+            words = shlex.split(re.sub(r"(actor, [\w-]+(?:, \w+)?)", r"'\1'", command))
+            args = tyro.cli(parsers[program[1]], args=words[1:])
+            parsed += 1
+            if program[1] == "throughput.py":
+                assert set(args.only) <= throughput.CONTESTANTS.keys()
+    assert parsed == 2 + 9 + 1 + 15
+    summary = (tmp_path / "out/summary.txt").read_text()
+    assert summary.count("exit code 0") == len(summary.splitlines())
+
+
+@pytest.mark.slow
+def test_the_gpu_script_on_a_cpu(tmp_path):
+    """All of it, in about four minutes: python -m pytest -m slow tests/test_throughput.py"""
+    (tmp_path / "wheels").mkdir()
+    environment = os.environ | {"PYTHON": sys.executable, "DEVICE": "cpu", "UPDATES": "2", "ROUNDS": "1"}
+    environment |= {"STEPS": "1100", "PYTEST_FLAGS": "-k solver"}
+    line = [ROOT / "benchmark/gpu.sh", tmp_path / "wheels", tmp_path / "out"]
+    subprocess.run(line, env=environment, check=True, stdout=subprocess.DEVNULL)
+    summary = (tmp_path / "out/summary.txt").read_text().splitlines()
+    failed = [row for row in summary if "exit code 0" not in row and not row.startswith("seeds-8")]
+    assert not failed
