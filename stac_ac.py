@@ -153,9 +153,9 @@ def make_env(env_id, max_episode_steps=None, video_folder=None, video_every=1):
         try:
             env.reset()
             env.render()
+            env = gym.wrappers.RecordVideo(env, str(video_folder), lambda episode: episode % video_every == 0)
         except Exception as e:  # each renderer has its own
-            stop(f"--capture-video: {env_id} cannot be rendered here ({type(e).__name__}: {e})")
-        env = gym.wrappers.RecordVideo(env, str(video_folder), lambda episode: episode % video_every == 0)
+            stop(f"--capture-video: {env_id} cannot be recorded here ({type(e).__name__}: {e})")
     return env
 
 
@@ -320,13 +320,13 @@ def collect(env, actor, num_steps, seed, start):
     for t in range(num_steps):
         if done:
             obs = reset(env, seed, TRAIN, start + t)
-            check_finite(start + t, obs, 0.0)
+            check_finite(start + t, obs)
             episode_return, episode_length = 0.0, 0
         action = policy(obs, t)  # log π is of this action, before it is clipped to a Box
         next_obs, reward, terminated, truncated, _ = env.step(to_env(action, space))
         next_obs = to_float32(next_obs)
         reward = to_float32(reward).item()
-        check_finite(start + t + 1, next_obs, reward)
+        check_finite(start + t + 1, next_obs, reward, action)
         transitions.append((obs, action, np.float32(reward), next_obs, np.float32(terminated), len(episodes)))
         obs = next_obs
         episode_return += reward
@@ -340,10 +340,11 @@ def collect(env, actor, num_steps, seed, start):
     return Rollout(*columns), episodes
 
 
-def check_finite(step, obs, reward):
-    """Ends the run if the environment returns what is not finite."""
+def check_finite(step, obs, reward=0.0, action=0):
+    """Ends the run if the environment returns what is not finite, and says whether the action was."""
     if not (np.isfinite(obs).all() and math.isfinite(reward)):
-        stop(f"step {step}: an observation or the reward is not finite in float32")
+        what = "an observation or the reward" if np.isfinite(action).all() else "the policy's action"
+        stop(f"step {step}: {what} is not finite in float32")
 
 
 # Estimates
@@ -466,7 +467,7 @@ def conjugate_gradient(matvec, b, max_iters, tol):
     Where the curvature pᵀAp is not positive (beyond rounding) or a number is not finite, it stops and keeps its x: on
     an indefinite A that can be the start.
     Returns x and info, tensors: residual ‖b - Ax‖ / ‖b‖ by the recursion for r, inf after a number that was not finite;
-    iterations; negative_curvature, whether it met pᵀAp ≤ 0.
+    iterations; negative_curvature, whether it met pᵀAp ≤ 0 (beyond rounding).
     """
     eps = torch.finfo(b.dtype).eps
     tol = max(tol, eps)  # the recursion for r goes on shrinking below rounding, where it means nothing
@@ -530,7 +531,7 @@ def grad(outputs, inputs, grad_outputs=None, **kwargs):
 
 
 def require_influence(grads, inputs, missing):
-    """Zeros for None. If all are None there is no implicit term, and the leader would silently be a plain player."""
+    """Zeros for None. If all are None the implicit term would be zero, and the leader silently a plain player."""
     if all(g is None for g in grads):
         stop(
             f"the leader cannot influence the follower to any effect: {missing} (no_grad or frozen networks in a loss?)"
@@ -541,14 +542,14 @@ def require_influence(grads, inputs, missing):
 def cost_gradients(f1, x1, x2):
     """∇₁f1 and ∇₂f1, lists like x1 and x2."""
     grads = torch.autograd.grad(f1, [*x1, *x2], retain_graph=True, allow_unused=True)
-    grad1_f1 = require_influence(grads[: len(x1)], x1, "its cost does not depend on its own parameters")
+    grad1_f1 = [torch.zeros_like(p) if g is None else g for p, g in zip(x1, grads)]  # the direct term may be zero
     grad2_f1 = require_influence(grads[len(x1) :], x2, "its cost does not depend on the follower's parameters")
     return grad1_f1, grad2_f1
 
 
-def mixed_derivative(grad2_f2, x1, v):
-    """(∇₂₁f2)ᵀv, a list like x1: the derivative by x1 of ⟨∇₂f2, v⟩, with v held constant."""
-    grads = torch.autograd.grad(grad2_f2, x1, v, retain_graph=True, allow_unused=True)
+def mixed_derivative(follower_grad, x1, v):
+    """∇₁⟨follower_grad, v⟩ with v held constant, a list like x1. For follower_grad = ∇₂f2 that is (∇₂₁f2)ᵀv."""
+    grads = torch.autograd.grad(follower_grad, x1, v, retain_graph=True, allow_unused=True)
     return require_influence(grads, x1, "the follower's gradient does not depend on the leader's parameters")
 
 
@@ -567,19 +568,20 @@ def stackelberg_gradient(f1, f2, x1, x2, lam, cg_iters, cg_tol, *, grad2_f2=None
     """The leader's total derivative ∇₁f1 - (∇₂₁f2)ᵀ (∇₂²f2 + λI)⁻¹ ∇₂f1: (15), regularized as in Section 4.5.
 
     f1, f2: the leader's and the follower's cost, scalars with their graphs; x1, x2: their lists of parameters.
-    grad2_f2: ∇₂f2 with its graph, if the caller has it. Returns a list like x1, and info.
+    grad2_f2: ∇₂f2 with its graph, which callers often have: it is the follower's own gradient.
+    Returns a list like x1, and info.
     f1 = -J, f2 = L, and this is minus (15), which is of J.
     """
     grad1_f1, grad2_f1 = cost_gradients(f1, x1, x2)
     if grad2_f2 is None:
         grad2_f2 = grad(f2, x2, create_graph=True)
-    grad2_f2 = flatten(grad2_f2)
+    follower_grad = flatten(grad2_f2)
 
     def damped_hessian(v):
-        return flatten(grad(grad2_f2, x2, v)) + lam * v  # ∇₂²f2 v = ∇₂⟨∇₂f2, v⟩: no Hessian is ever made
+        return flatten(grad(follower_grad, x2, v)) + lam * v  # ∇₂²f2 v = ∇₂⟨∇₂f2, v⟩: no Hessian is ever made
 
     v, solver_info = conjugate_gradient(damped_hessian, flatten(grad2_f1), cg_iters, cg_tol)
-    total, info = total_derivative(grad1_f1, mixed_derivative(grad2_f2, x1, v))
+    total, info = total_derivative(grad1_f1, mixed_derivative(follower_grad, x1, v))
     return total, solver_info | info
 
 
@@ -655,6 +657,7 @@ def stackelberg_update(actor, critic, actor_optimizer, critic_optimizer, batch, 
 def evaluate(actor, env, episodes, *key):
     """Undiscounted returns of `episodes` episodes of the most likely action, [episodes]; they start as `key` says."""
     returns = np.zeros(episodes)
+    actor.eval()
     for episode in range(episodes):
         obs = reset(env, *key, episode)
         done = False
@@ -665,6 +668,7 @@ def evaluate(actor, env, episodes, *key):
             obs = to_float32(obs)
             returns[episode] += to_float32(reward).item()
             done = terminated or truncated
+    actor.train()
     return returns
 
 
@@ -854,7 +858,7 @@ def training_loop(run_dir, algorithm, args):
     env = make_env(args.env_id, args.max_episode_steps)
     spaces = env.observation_space, env.action_space
 
-    # The players, and all else that a checkpoint holds
+    # The players, and all else that a checkpoint holds. Trap: what you add and has a state must be in `parts`
     actor = Actor(*spaces, args.hidden).to(device)
     critic = Critic(spaces[0], args.hidden) if args.critic == "v" else QCritic(*spaces, args.hidden)
     critic = critic.to(device)
@@ -906,6 +910,8 @@ def training_loop(run_dir, algorithm, args):
         if not (f_actor + f_critic + implicit_norm).isfinite():
             costs = f"-J = {f_actor:.3g}, L = {f_critic:.3g}, norm of the implicit term {implicit_norm:.3g}"
             stop(f"step {global_step}: a number is not finite: {costs}")
+        if step == start and "residual" in info and info["residual"].isinf():
+            stop("the first solve met a number that is not finite, and the leader would be a plain player")
         if not flatten([*actor.parameters(), *critic.parameters()]).isfinite().all():
             stop(f"step {global_step}: a parameter is not finite")
 

@@ -156,7 +156,7 @@ class HugeObservation(Point):
     """Finite in float64 alone."""
 
     def observation(self):
-        return self.position * (1e300 if self.steps == 95 else 1.0)
+        return self.position * (1e300 if self.steps == 150 else 1.0)
 
 
 class NoFixedSize(Point):
@@ -183,8 +183,8 @@ for cls in (Rendering, BadReset, Unbounded, Matrix, Small, Fixed, HugeObservatio
     gym.register(f"Point{cls.__name__}-v0", cls, max_episode_steps=20)
 for cls in (Compass, TwoBoxes):
     gym.register(f"{cls.__name__}-v0", cls, max_episode_steps=20)
-gym.register("PointNaN-v0", Point, max_episode_steps=20, kwargs={"spoil": {95: float("nan")}})
-gym.register("PointHuge-v0", Point, max_episode_steps=20, kwargs={"spoil": {95: 1e300}})
+gym.register("PointNaN-v0", Point, max_episode_steps=20, kwargs={"spoil": {150: float("nan")}})
+gym.register("PointHuge-v0", Point, max_episode_steps=20, kwargs={"spoil": {150: 1e300}})
 gym.register("PointInPlace-v0", Point, max_episode_steps=20, kwargs={"in_place": True})
 gym.register("PointTimeout-v0", Point, max_episode_steps=1000, kwargs={"reward": 1.0})
 gym.register("PointTerminal-v0", Point, max_episode_steps=1000, kwargs={"reward": 1.0, "terminal": True})

@@ -155,7 +155,7 @@ def test_target_depends_on_theta(script, alpha):
 
 
 def test_losses_are_the_papers(script):
-    """(7) to (10), sample by sample: the smaller Q network, the entropy, the bootstrap but where an episode has ended."""
+    """(7) to (10), sample by sample: the smaller Q network, the entropy, a bootstrap but where an episode has ended."""
     game = Game(script)
     costs = game.costs()
     torch.manual_seed(3)

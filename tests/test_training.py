@@ -252,7 +252,7 @@ def test_interrupted_before_the_first_checkpoint(here, script, monkeypatch, caps
 
 
 def test_two_processes_and_ctrl_c(here):
-    """The second process has one line, a code that launchers know, and touches nothing; Ctrl-C at any time is a line."""
+    """The second process has one line, a code that launchers know, and touches nothing; Ctrl-C is a line."""
     run_dir = here / "run"
     line = flags(args(total_timesteps=100_000, run_dir="run", checkpoint_every=20))
     process = command(*line, cwd=here)
@@ -516,7 +516,7 @@ def test_buffer_is_saved_without_a_copy_and_without_what_is_empty(script):
 def test_a_buffer_larger_than_the_memory(here, script):
     """Said at the start: its memory is taken only when it is written to, hours later."""
     message = error_of(script.train, args(script, buffer_size=10**15, total_timesteps=10**15))
-    assert re.search(r"--buffer-size 1000000000000000 takes 28000000\.0 GB, and there are \d+\.\d", message)
+    assert re.search(r"--buffer-size 1000000000000000 takes 32000000\.0 GB, and there are \d+\.\d", message)
 
 
 @pytest.mark.parametrize("env_id", ["Point", "PointInPlace"])
@@ -539,7 +539,7 @@ def test_transitions_are_the_environments(here, script, env_id):
         assert noise.std() == pytest.approx(run.exploration_noise, rel=0.2)
     else:
         actor = load_actor(script, run_dir)[0]
-        assert actions[200:].std() == pytest.approx(float(actor(obs.repeat(20, 1))[0].std()), rel=0.15)
+        assert actions[200:].std() == pytest.approx(actor(obs.repeat(20, 1))[0].std().item(), rel=0.15)
 
 
 def test_a_time_limit_is_not_an_end(here, script):
@@ -653,7 +653,7 @@ def test_what_a_run_says(here, script, changes, first, capsys):
 
 
 def test_a_line_a_minute_where_there_is_no_terminal(here, script, monkeypatch, capsys):
-    """A clock that goes on by ten seconds whenever it is read, and what is printed from it: speed now, and time left."""
+    """A clock that goes on by ten seconds whenever it is read, and what is printed: speed now, time left."""
     clock = iter(range(0, 10**6, 10))
     fake = types.SimpleNamespace(perf_counter=lambda: next(clock), time=time.time, time_ns=time.time_ns)
     monkeypatch.setattr(script, "time", fake)
@@ -815,7 +815,7 @@ def test_actions_stay_in_the_box(here, script, side, monkeypatch):
 
 
 def test_odd_spaces(here, script):
-    """Dictionary observations are flattened; bounds of a narrow integer type do not overflow, nor does one of width 0."""
+    """Dictionary observations are flattened; bounds of a narrow integer type, and of width 0, do no harm."""
     actor = torch.load(script.train(args(script, env_id="point_env:PointSmall-v0")) / "model.pt", weights_only=True)[
         "actor"
     ]
@@ -831,20 +831,20 @@ def test_odd_spaces(here, script):
 @pytest.mark.parametrize(
     "env_id, step, what",
     [
-        ("NaN", 95, "the action or the reward is not finite"),
-        ("Huge", 95, "the action or the reward is not finite"),
-        ("HugeObservation", 95, "an observation is not finite in float32"),
+        ("NaN", 150, "the action or the reward is not finite"),
+        ("Huge", 150, "the action or the reward is not finite"),
+        ("HugeObservation", 150, "an observation is not finite in float32"),
         ("BadReset", 21, "an observation is not finite"),
     ],
 )
 def test_environment_that_is_not_finite(here, script, env_id, step, what):
     """NaN, numbers that float32 cannot hold, a NaN of `reset`: named with their step, and never in a checkpoint."""
-    message = error_of(script.train, args(script, env_id=f"point_env:Point{env_id}-v0", run_dir="run"))
+    message = error_of(script.train, args(script, env_id=f"point_env:Point{env_id}-v0", run_dir="run", total_timesteps=200))
     assert f"step {step}: {what}" in message
     assert (here / "run/checkpoint.pt").exists() == (step > 40)
     if step > 40:
         state = checkpoint(here / "run")
-        assert state["global_step"] == 80
+        assert state["global_step"] == 120
         assert all(column.isfinite().all() for column in state["buffer"]["data"])
 
 
