@@ -4,10 +4,12 @@
 #     benchmark/gpu.sh WHEELS OUT
 #
 # WHEELS: a folder with the wheels that the machine lacks, beside its own PyTorch with CUDA. For Python 3.12 on Linux:
-#     python -m pip download --dest WHEELS --only-binary :all: --no-deps --python-version 3.12 --platform manylinux_2_28_x86_64 \
-#         gymnasium mujoco tyro tensorboard tqdm stable-baselines3 pytest farama-notifications docstring-parser shtab typeguard \
-#         glfw pyopengl etils absl-py cloudpickle markdown grpcio protobuf tensorboard-data-server werkzeug iniconfig pluggy \
-#         pygments rich markdown-it-py mdurl markupsafe packaging typing-extensions imageio pillow zipp importlib-resources fsspec
+#     python -m pip download --dest WHEELS --only-binary :all: --no-deps --python-version 3.12 \
+#         --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 --platform manylinux2014_x86_64 \
+#         gymnasium mujoco tyro tensorboard tensorboard-data-server tqdm stable-baselines3 pytest farama-notifications \
+#         docstring-parser shtab typeguard glfw pyopengl etils absl-py cloudpickle markdown grpcio protobuf werkzeug \
+#         iniconfig pluggy pygments rich markdown-it-py mdurl markupsafe packaging typing-extensions imageio pillow zipp \
+#         importlib-resources fsspec pandas python-dateutil matplotlib contourpy cycler fonttools kiwisolver pyparsing six
 # (none for a machine that has all: WHEELS is then an empty folder). OUT: a folder for the results; docs/gpu.md says what
 # they mean. Each part has its own time limit, and one that fails does not stop the next: OUT/summary.txt says how each ended.
 #
