@@ -458,6 +458,14 @@ def needs_jacobian(args):
     return args.leader == "actor" and (args.curvature == "gauss-newton" or args.precondition)
 
 
+def critic_cost(actor, critic, target_critic, batch, alpha, args, layers=None):
+    """L(θ, w), (10), and what it is made of: Q and y. A further term belongs here. layers: see `RecordLayers`."""
+    y = td_target(actor, target_critic, batch, args.gamma, alpha)
+    with nullcontext() if layers is None else RecordLayers(layers):
+        qs = tuple(critic(batch.obs, batch.actions))
+    return critic_loss(qs, y), qs, y
+
+
 def player_gradients(actor, critic, target_critic, batch, alpha, lam, args):
     """Both players' costs and gradients at the same (θ, w), all of one batch.
 
@@ -465,12 +473,9 @@ def player_gradients(actor, critic, target_critic, batch, alpha, lam, args):
     """
     theta = trainable(actor)
     w = trainable(critic)
+    layers = [] if needs_jacobian(args) else None
     f_actor = actor_loss(actor, critic, batch, alpha)
-    y = td_target(actor, target_critic, batch, args.gamma, alpha)
-    layers = []
-    with RecordLayers(layers) if needs_jacobian(args) else nullcontext():
-        qs = tuple(critic(batch.obs, batch.actions))
-    f_critic = critic_loss(qs, y)
+    f_critic, qs, y = critic_cost(actor, critic, target_critic, batch, alpha, args, layers)
     info = {}
 
     if args.leader == "none":
@@ -540,8 +545,7 @@ def stackelberg_update(nets, optimizers, batches, alpha, lam, args, gradients=pl
     else:
         optimizer_step(critic_optimizer, w, grad_w)
         for batch in batches[1:]:
-            y = td_target(actor, target_critic, batch, args.gamma, alpha)
-            cost = critic_loss(critic(batch.obs, batch.actions), y)
+            cost, _, _ = critic_cost(actor, critic, target_critic, batch, alpha, args)
             optimizer_step(critic_optimizer, w, grad(cost, w))
         optimizer_step(actor_optimizer, theta, grad_theta)
 
@@ -758,32 +762,39 @@ def gauss_newton_preconditioner(f2, x2, lam, qs, jacs):
     return preconditioner
 
 
-def check_gauss_newton(critic, batch, y, args):
-    """Ends the run in one line if 𝒥 or D is not what autograd says, for a random c, on a real batch with targets y."""
+def differ(found, expected):
+    """Whether two lists of tensors are unequal beyond float32's rounding."""
+    expected = flatten(expected)
+    return not (flatten(found) - expected).norm() <= 1e-3 * expected.norm()
+
+
+def check_gauss_newton(actor, critic, target_critic, batch, alpha, args):
+    """Ends the run in one line if on a real batch 𝒥 or D is not what autograd says, each tried on a random vector."""
     layers = []
-    with RecordLayers(layers):
-        qs = tuple(critic(batch.obs, batch.actions))
+    f_critic, qs, _ = critic_cost(actor, critic, target_critic, batch, alpha, args, layers)
     jacs = jacobians(critic, qs, layers)
+    theta = trainable(actor)
     w = trainable(critic)
     c = [torch.randn_like(q) for q in qs]
-    found = {}
+    entries = {}
     for jac, c_rows in zip(jacs, rows(c, jacs)):
-        found |= vjp(jac, c_rows)
-    found = flatten(found[k] for k in range(len(w)))
-    expected = flatten(grad(qs, w, c))
-    if not (found - expected).norm() < 1e-3 * expected.norm():
+        entries |= vjp(jac, c_rows)
+    if differ([entries[k] for k in range(len(w))], grad(qs, w, c)):
         refuse(
             "critic", "∂Q/∂w is not what its layers say (samples meet, as in batch norm, or w is used elsewhere, too)"
         )
 
     if args.curvature == "gauss-newton":
-        dL_dQ, D = q_derivatives(critic_loss(qs, y), qs)
+        dL_dQ, D = q_derivatives(f_critic, qs)
         if not (torch.cat(D) > 0).all():
             refuse("critic_loss", "it is not strictly convex in each Q")
-        found = torch.cat(D) * torch.cat(c)
-        expected = torch.cat(grad(dL_dQ, qs, c))
-        if not (found - expected).norm() < 1e-3 * expected.norm():
+        if differ([D_i * c_i for D_i, c_i in zip(D, c)], grad(dL_dQ, qs, c)):
             refuse("critic_loss", "it is no sum over samples and Q networks")
+        u = [torch.randn_like(p) for p in w]
+        Ju = torch.cat([jvp(jac, u) for jac in jacs]).chunk(len(qs))
+        mixed = mixed_derivative(grad(f_critic, w, create_graph=True), theta, u)
+        if differ(mixed_derivative(dL_dQ, theta, Ju), mixed):
+            refuse("critic_cost", "θ and w meet in it elsewhere than in Q at the batch's actions")
 
 
 # Evaluation
@@ -958,8 +969,7 @@ def check_first_batch(nets, batch, alpha, lam, args):
         if "residual" in info and info["residual"].isinf():
             stop("the first solve met a number that is not finite, and the leader would be a plain player")
         if needs_jacobian(args):
-            y = td_target(actor, target_critic, batch, args.gamma, alpha)
-            check_gauss_newton(critic, batch, y, args)
+            check_gauss_newton(actor, critic, target_critic, batch, alpha, args)
 
 
 def train(args):
