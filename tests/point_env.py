@@ -155,8 +155,10 @@ class Fixed(Point):
 class HugeObservation(Point):
     """Finite in float64 alone."""
 
+    observation_space = gym.spaces.Box(-1e301, 1e301, (2,), np.float64)
+
     def observation(self):
-        return self.position * (1e300 if self.steps == 150 else 1.0)
+        return self.position.astype(np.float64) * (1e300 if self.steps == 150 else 1.0)
 
 
 class NoFixedSize(Point):

@@ -212,6 +212,9 @@ class TestBrokenSystems:
         bad = b.clone()
         bad[0] = math.nan
         systems = [(good, b, 100), (good, b, 2), (good, bad, 100), (good, 0 * b, 100), (-good, b, 100)]
+        last = torch.tensor([9])
+        # solved before its negative curvature shows, which a solve that went on would meet
+        systems += [(torch.ones(10, dtype=dtype).index_fill(0, last, -1).diag(), b.index_fill(0, last, 1e-6), 100)]
         systems += [(spd(10, 50, seed, dtype) - 4 * torch.eye(10, dtype=dtype), b, 100) for seed in range(5)]
         for A, b, max_iters in systems:
             for breaks_after in (0, 1, 3, math.inf):

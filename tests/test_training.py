@@ -22,7 +22,6 @@ import torch
 from game import vector
 from runs import (
     SMALL,
-    args,
     assert_same_weights,
     checkpoint,
     command,
@@ -34,12 +33,18 @@ from runs import (
     scalars,
     weights,
 )
+from runs import args as small
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import stddpg
 import stsac
 
 POINT = SMALL["env_id"]
+
+
+def args(script=stsac, **changes):
+    """A run of 120 steps with updates from step 90 on."""
+    return small(script, **{"update_after": 90, **changes})
 
 
 def load_actor(script, run_dir):
@@ -92,11 +97,11 @@ def test_without_gradients_nothing_is_learned(here, script):
 # A run and its seed
 @pytest.mark.parametrize("leader", ["actor", "critic", "none"])
 def test_same_seed_same_run(here, script, leader):
-    one, same, other = (script.train(args(script, leader=leader, seed=seed)) for seed in (1, 1, 2))
+    one, same = (script.train(args(script, leader=leader)) for _ in range(2))
     assert one != same  # a folder of its own, even within one second
     assert_same_weights(one, same)
-    for name in scalars(one):
-        assert scalars(one)[name] == scalars(same)[name]
+    assert scalars(one) == scalars(same)
+    other = script.train(args(script, leader=leader, seed=2, total_timesteps=90))
     assert not any(torch.equal(a, b) for a, b in zip(weights(one).values(), weights(other).values()) if a.dim() == 2)
 
 
@@ -168,6 +173,7 @@ def test_the_same_command_begins_carries_on_after_a_kill_and_ends(here, script, 
     assert files(killed) == before
 
 
+@pytest.mark.filterwarnings("ignore:.*is out of date")
 def test_on_a_simulator_with_hidden_state(here):
     """Nothing of it is in the checkpoint, which therefore waits for the end of an episode."""
     run = args(env_id="Walker2d-v4", total_timesteps=200, checkpoint_every=50, eval_every=1000)
@@ -192,21 +198,22 @@ def stop_at(step, calls, x):
     return x
 
 
-def eager_writer(monkeypatch, script):
-    """What is logged is on the disk at once."""
-    writer = script.SummaryWriter
-    monkeypatch.setattr(script, "SummaryWriter", lambda path, **kwargs: writer(path, **{**kwargs, "flush_secs": 0}))
-
-
 def interrupted(script, monkeypatch, step, *line):
-    """Runs a command line in which Ctrl-C comes at a step of this process's environment."""
+    """Runs a command line in which Ctrl-C comes at a step of this process's environment; what it has logged is kept."""
+    writers = []
+    new_writer = script.new_writer
+
+    def recording(*arguments):
+        writers.append(new_writer(*arguments))
+        return writers[-1]
+
     with monkeypatch.context() as patch:
-        eager_writer(patch, script)
+        patch.setattr(script, "new_writer", recording)
         patch.setenv("POINT_INTERRUPT_AT", str(step))
         with pytest.raises(SystemExit) as error:
             run_main(script, patch, *line)
     assert error.value.code == 130
-    time.sleep(0.1)  # for the thread that writes
+    writers[0].close()
 
 
 def test_a_run_that_is_made_longer_loses_nothing(here, script, monkeypatch, capsys):
@@ -406,7 +413,7 @@ def tensors(value):
 
 def test_a_flipped_bit_is_found(here):
     """Anywhere: the file is refused, or it is one of the bits that mean nothing."""
-    run = args(total_timesteps=60, hidden=(4,), save_model=False)
+    run = args(total_timesteps=60, update_after=50, hidden=(4,), save_model=False)
     path = stsac.train(run) / "checkpoint.pt"
     expected = tensors(stsac.load(path, run, "rng"))
     data = path.read_bytes()
@@ -458,7 +465,8 @@ def test_nothing_of_a_checkpoint_stays_in_memory(here, script, monkeypatch):
     run_dir = script.train(args(script))
     loaded = []
     alive = []
-    load, update = script.load, script.stackelberg_update
+    load = script.load
+    update = script.stackelberg_update
 
     def recording_load(*arguments):
         state = load(*arguments)
@@ -556,8 +564,8 @@ def test_lam_decay_and_fresh_batches_reach_the_update(here, script, monkeypatch)
     signature = inspect.signature(script.stackelberg_update)
     calls = record(monkeypatch, script, "stackelberg_update")
     script.train(args(script, unroll=3, lam=200.0, lam_decay=50.0))
-    assert len(calls) == 71  # steps 50 to 120
-    for step, (arguments, _) in enumerate(calls, start=50):
+    assert len(calls) == 31
+    for step, (arguments, _) in enumerate(calls, start=90):
         bound = signature.bind(*arguments)
         batches = bound.arguments["batches"]
         assert float(bound.arguments["lam"]) == pytest.approx(200 * math.exp(-step / 50))
@@ -602,7 +610,7 @@ def test_tensorboard(here, script, monkeypatch):
     expected |= {"eval/episodic_return", "eval/episodic_return_std"}
     assert found.keys() == expected
     for step in (100, 200):
-        f_actor, f_critic, info = calls[step - 50][1]
+        f_actor, f_critic, info = calls[step - 90][1]
         values = {"actor_loss": f_actor, "qf_loss": f_critic / len(info["qs"])}
         for k, q in enumerate(info["qs"], 1):
             values[f"qf{k}_values"] = q.mean()
@@ -693,11 +701,11 @@ def test_the_copied_file_runs_alone(here, script):
     assert last == f"finished: runs/{run_dir.name}"
 
 
-def test_help_on_a_terminal_that_knows_ascii_alone(here, script):
-    line = [sys.executable, script.__file__, "--help"]
+def test_help_on_a_terminal_that_knows_ascii_alone(here):
+    line = [sys.executable, stsac.__file__, "--help"]
     env = {**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "200"}
     shown = subprocess.run(line, cwd=here, env=env, capture_output=True, text=True, check=True).stdout
-    for flag in vars(args(script)):
+    for flag in vars(args()):
         assert f"--{flag.replace('_', '-')}" in shown
     assert "who follows the total derivative" in shown
 
@@ -735,7 +743,7 @@ def test_values_that_no_run_can_have(here, script, monkeypatch):
     """One line that names the flag, before anything is made."""
     for flag, values in {**NUMBERS, **OF_ONE[script], "--curvature": ["gauss-newton --lam 0"]}.items():
         for value in values:
-            message = error_of(run_main, script, monkeypatch, flag, *(value.split(" ") if flag[2] in "ct" else [value]))
+            message = error_of(run_main, script, monkeypatch, flag, *(value.split() or [""]))
             assert flag in message
     assert list(here.iterdir()) == []
 
@@ -760,6 +768,7 @@ def test_a_time_limit_of_ones_own(here, script):
         assert set(scalars(run_dir)["charts/episodic_length"].values()) == {15}
 
 
+@pytest.mark.filterwarnings("ignore:.*is out of date")
 @pytest.mark.parametrize(
     "env_id, words", [("Hoper-v4", "Did you mean: `Hopper`?"), ("Pusher-v4", "only supported on `mujoco<3`")]
 )
@@ -769,16 +778,19 @@ def test_what_libraries_say_themselves(here, script, env_id, words):
 
 
 # Odd tasks
-@pytest.mark.parametrize("env_id", ["ChangesAction", "Narrow", "OwnEpisodeInfo", "ArrayReward", "Int32Seed"])
-def test_the_same_task_in_another_guise(here, script, env_id):
+@pytest.mark.filterwarnings("ignore:.*The reward returned by")
+@pytest.mark.parametrize("changes", [{}, {"leader": "critic", "autotune": True}], ids=["actor", "critic"])
+def test_the_same_task_in_another_guise(here, script, changes):
     """Actions changed in place, other units, an info that looks like a wrapper's, ...: the same losses and weights."""
-    for changes in ({}, {"autotune": True} if script is stsac else {"leader": "critic"}):
-        plain = script.train(args(script, **changes))
-        odd = script.train(args(script, env_id=f"point_env:{env_id}-v0", **changes))
+    known = {name: value for name, value in changes.items() if name in script.Args.__dataclass_fields__}
+    plain = script.train(args(script, **known))
+    for env_id in ["Narrow"] if changes else ["Narrow", "ChangesAction", "OwnEpisodeInfo", "ArrayReward", "Int32Seed"]:
+        odd = script.train(args(script, env_id=f"point_env:{env_id}-v0", **known))
         assert scalars(plain) == scalars(odd)
         for ours, theirs in zip(vector_parts(plain), vector_parts(odd)):
             assert torch.equal(ours, theirs)
-        ours, theirs = checkpoint(plain)["buffer"]["data"], checkpoint(odd)["buffer"]["data"]
+        ours = checkpoint(plain)["buffer"]["data"]
+        theirs = checkpoint(odd)["buffer"]["data"]
         assert torch.equal(ours[0], theirs[0])
         assert torch.equal(ours[1], (16 if env_id == "Narrow" else 1) * theirs[1])
 
@@ -814,6 +826,7 @@ def test_actions_stay_in_the_box(here, script, side, monkeypatch):
     assert (actions[60:] == bound).all(1).any()
 
 
+@pytest.mark.filterwarnings("ignore:.*maximum and minimum values are equal")
 def test_odd_spaces(here, script):
     """Dictionary observations are flattened; bounds of a narrow integer type, and of width 0, do no harm."""
     actor = torch.load(script.train(args(script, env_id="point_env:PointSmall-v0")) / "model.pt", weights_only=True)[
@@ -839,7 +852,8 @@ def test_odd_spaces(here, script):
 )
 def test_environment_that_is_not_finite(here, script, env_id, step, what):
     """NaN, numbers that float32 cannot hold, a NaN of `reset`: named with their step, and never in a checkpoint."""
-    message = error_of(script.train, args(script, env_id=f"point_env:Point{env_id}-v0", run_dir="run", total_timesteps=200))
+    run = args(script, env_id=f"point_env:Point{env_id}-v0", run_dir=str(here / "run"), total_timesteps=200)
+    message = error_of(script.train, run)
     assert f"step {step}: {what}" in message
     assert (here / "run/checkpoint.pt").exists() == (step > 40)
     if step > 40:
@@ -863,10 +877,12 @@ def test_loss_that_becomes_infinite(here, script, monkeypatch):
         return actor_loss(*arguments) * (math.inf if len(steps) == 42 else 1)
 
     monkeypatch.setattr(script, "actor_loss", diverging)
-    message = error_of(script.train, args(script, leader="none", run_dir="run"))
-    assert "step 90: a number is not finite: -J = " in message  # its 41st update; one call is the first one's check
+    message = error_of(script.train, args(script, leader="none", run_dir=str(here / "run"), total_timesteps=140))
+    assert re.search(
+        r"step 130: .*not finite.* -J = \S+, L = ", message
+    )  # its 41st update; one call is the first one's check
     state = checkpoint(here / "run")
-    assert state["global_step"] == 80
+    assert state["global_step"] == 120
     assert all(value.isfinite().all() for value in state["actor"].values())
 
 
@@ -874,8 +890,8 @@ def test_implicit_term_that_is_not_finite(here, script, monkeypatch):
     """Though both costs are finite."""
     norms = functools.partial(dict, direct_norm=torch.tensor(1.0), implicit_norm=torch.tensor(math.nan))
     monkeypatch.setattr(script, "total_derivative", lambda direct, implicit: (direct, norms()))
-    message = error_of(script.train, args(script))
-    assert "step 50: a number is not finite" in message
+    message = error_of(script.train, args(script, run_dir=str(here / "run")))
+    assert re.search("step 90: .*not finite", message)
     assert "norm of the implicit term nan" in message
 
 
@@ -886,12 +902,12 @@ def test_parameters_that_are_not_finite_are_not_saved(here, script, monkeypatch)
 
     def spoiling(optimizer, parameters, grads):
         calls.append(1)
-        optimizer_step(optimizer, parameters, [g * (math.nan if len(calls) == 142 else 1) for g in grads])
+        optimizer_step(optimizer, parameters, [g * (math.nan if len(calls) == 62 else 1) for g in grads])
 
     monkeypatch.setattr(
         script, "optimizer_step", spoiling
     )  # two steps an update: the last before step 120's checkpoint
-    message = error_of(script.train, args(script, leader="none", run_dir="run"))
+    message = error_of(script.train, args(script, leader="none", run_dir=str(here / "run")))
     assert "step 120: a parameter is not finite" in message
     assert checkpoint(here / "run")["global_step"] == 80
 
@@ -945,13 +961,13 @@ def test_video(here, monkeypatch):
 
 
 def test_video_that_cannot_be_made(here, script, monkeypatch):
-    """Said before any step: no renderer (in one line), or no moviepy (gymnasium's own exception)."""
+    """Said before any step, in one line: no renderer, or no moviepy."""
     message = error_of(script.train, args(script, env_id="point_env:PointNotRendering-v0", capture_video=True))
     assert "--capture-video: " in message
     assert "RuntimeError: no OpenGL" in message
     monkeypatch.setitem(sys.modules, "moviepy", None)
-    with pytest.raises(Exception, match="MoviePy is not installed"):
-        script.train(args(script, env_id="point_env:PointRendering-v0", capture_video=True))
+    message = error_of(script.train, args(script, env_id="point_env:PointRendering-v0", capture_video=True))
+    assert "MoviePy is not installed" in message
 
 
 def test_weights_and_biases(here, script, monkeypatch):
@@ -986,10 +1002,10 @@ def test_compile_changes_no_number(here, script, monkeypatch):
         compiled.append((fullgraph, options))
         return compile_(function, fullgraph=fullgraph, backend="eager")
 
-    plain = script.train(args(script, total_timesteps=80, cg_tol=0.0))
+    plain = script.train(args(script, total_timesteps=100, cg_tol=0.0))
     monkeypatch.setattr(torch, "compile", eager_backend)
     torch._dynamo.reset()
-    run_dir = script.train(args(script, total_timesteps=80, cg_tol=0.0, compile=True))
+    run_dir = script.train(args(script, total_timesteps=100, cg_tol=0.0, compile=True))
     assert compiled == [(True, {"fallback_random": True})]
     torch.testing.assert_close(vector(vector_parts(run_dir)), vector(vector_parts(plain)), rtol=1e-3, atol=1e-5)
 
@@ -1000,7 +1016,7 @@ def test_compile_changes_no_number(here, script, monkeypatch):
 )
 def test_compiled_in_earnest(here, script, changes):
     """By the default backend, a minute each. Run it with: pytest -m slow tests/test_training.py"""
-    run = args(script, total_timesteps=60, cg_tol=0.0, cg_iters=2, **changes)
+    run = args(script, total_timesteps=100, cg_tol=0.0, cg_iters=2, **changes)
     plain = script.train(run)
     torch._dynamo.reset()
     run_dir = script.train(replace(run, compile=True))
