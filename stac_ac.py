@@ -15,7 +15,7 @@ response. Everything else is Spinning Up's vanilla policy gradient, with plain g
 
 How L depends on θ is estimated from the start states s_0 of Proposition 1 and Theorem 1. --start-states says which:
 
-    released    the batch's first state alone, as in the released code: a multiple of AC's gradient, about 2 at λ = 0
+    released    the batch's first state alone, as in the released code: AC's gradient times a number, about 2 at λ = 0
     every       every visited state, each as the start of the rest of its trajectory: what the critic's loss is about
     initial     the first state of each trajectory: the propositions as they are written
 """
@@ -570,7 +570,7 @@ def stackelberg_gradient(f1, f2, x1, x2, lam, cg_iters, cg_tol, *, grad2_f2=None
     f1, f2: the leader's and the follower's cost, scalars with their graphs; x1, x2: their lists of parameters.
     grad2_f2: ∇₂f2 with its graph, which callers often have: it is the follower's own gradient.
     Returns a list like x1, and info.
-    f1 = -J, f2 = L, and this is minus (15), which is of J.
+    Here f1 = -J and f2 = L, so that this is minus (15), which is of J.
     """
     grad1_f1, grad2_f1 = cost_gradients(f1, x1, x2)
     if grad2_f2 is None:

@@ -328,6 +328,21 @@ def test_a_leader_that_cannot_influence_the_follower_is_an_error(script, player,
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("player", PLAYERS)
+def test_a_critic_that_is_frozen_in_the_actors_loss_is_an_error(script, player, monkeypatch):
+    """As usual code has it, to save time: J no longer depends on w, whoever leads."""
+    game = Game(script)
+    actor_loss = script.actor_loss
+
+    def frozen_critic(actor, critic, *rest):
+        w = {name: p.detach() for name, p in critic.named_parameters()}
+        return actor_loss(actor, lambda *inputs: torch.func.functional_call(critic, w, inputs), *rest)
+
+    monkeypatch.setattr(script, "actor_loss", frozen_critic)
+    with pytest.raises(SystemExit, match="does not depend on"):
+        game.check(5.0, **PLAYERS[player])
+
+
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_a_target_actor_in_stackelberg_gradient_is_an_error(script, requires_grad):
     """As in TD3: the next actions are another network's."""
@@ -338,6 +353,29 @@ def test_a_target_actor_in_stackelberg_gradient_is_an_error(script, requires_gra
     f_critic = script.critic_loss(game.critic(game.batch.obs, game.batch.actions), y)
     with pytest.raises(SystemExit, match="does not depend on"):
         script.stackelberg_gradient(f_actor, f_critic, game.theta, game.w, 5.0, 10, 0.0)
+
+
+@pytest.mark.parametrize("player", ["none", *PLAYERS])
+def test_players_that_share_parameters_are_an_error(script, player):
+    game = Game(script)
+    game.critic.encoder = game.actor.net[0]
+    with pytest.raises(SystemExit, match="actor and critic share parameters"):
+        game.check(5.0, **PLAYERS.get(player, {"leader": "none"}))
+
+
+def test_a_critic_of_another_shape_is_an_error(script):
+    """[B, 1] less [B] would be [B, B], without a word."""
+    y = torch.ones(4)
+    with pytest.raises(SystemExit, match=r"\(4, 1\) and their targets \(4,\)"):
+        script.critic_loss(torch.ones(4, 1) if script is stddpg else [y, torch.ones(4, 1)], y)
+
+
+def test_a_first_solve_that_breaks_down_is_an_error(script, monkeypatch):
+    """Its v is zero, so the leader would be a plain player."""
+    grad = script.grad
+    monkeypatch.setattr(script, "grad", lambda *arguments, **flags: [math.nan * g for g in grad(*arguments, **flags)])
+    with pytest.raises(SystemExit, match="the first solve met a number that is not finite"):
+        Game(script).check(5.0, precondition=False)
 
 
 # The example of Section 3.2: J = wθ, L = (wθ + θ²/5)², with its derivatives written out

@@ -83,8 +83,8 @@ def record(monkeypatch, script, name):
 def test_learns(here, script, leader):
     """A random walk on Point-v0 returns -18 ± 8 and standing still -13; going straight to the origin -1.8."""
     rates = {"policy_lr": 3e-3, "q_lr": 3e-3, "lam": 1.0, "hidden": (32, 32), "batch_size": 32}
-    run = args(script, leader=leader, total_timesteps=600, eval_every=600, eval_episodes=20, **rates)
-    assert scalars(script.train(run))["eval/episodic_return"][600] > -4
+    run = args(script, leader=leader, total_timesteps=500, eval_every=500, eval_episodes=20, **rates)
+    assert scalars(script.train(run))["eval/episodic_return"][500] > -4
 
 
 def test_without_gradients_nothing_is_learned(here, script):
@@ -210,8 +210,9 @@ def interrupted(script, monkeypatch, step, *line):
     with monkeypatch.context() as patch:
         patch.setattr(script, "new_writer", recording)
         patch.setenv("POINT_INTERRUPT_AT", str(step))
-        with pytest.raises(SystemExit) as error:
+        with pytest.raises((SystemExit, KeyboardInterrupt)) as error:
             run_main(script, patch, *line)
+    assert isinstance(error.value, SystemExit)
     assert error.value.code == 130
     writers[0].close()
 
@@ -759,7 +760,8 @@ TASKS = {
 
 @pytest.mark.parametrize("env_id", TASKS)
 def test_tasks_that_are_refused(here, script, env_id):
-    assert re.search(TASKS[env_id], error_of(script.train, args(script, env_id=env_id)))
+    # without evaluations, the first of which might not end
+    assert re.search(TASKS[env_id], error_of(script.train, args(script, env_id=env_id, total_timesteps=20)))
 
 
 def test_a_time_limit_of_ones_own(here, script):
