@@ -20,6 +20,7 @@ Everything else is Spinning Up's DDPG, also with --leader none, but for five thi
     python stddpg.py --evaluate runs/hopper/model.pt                # plays a model that --save-model has saved
 """
 
+import atexit
 import copy
 import fcntl
 import math
@@ -928,6 +929,7 @@ def new_writer(run_dir, start, args):
         if began and int(began[1]) > time.time():
             print(f"the clock is behind {path}: TensorBoard, which goes by time, may hide the older part of a curve")
     writer = SummaryWriter(str(run_dir), purge_step=start + 1, flush_secs=10)
+    atexit.register(writer.close)  # also after `stop`: what was written so far is kept
     table = ["|param|value|", "|-|-|"]
     for name, value in vars(args).items():
         table.append(f"|{name}|{value}|")

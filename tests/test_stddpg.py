@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from game import Game, first, positive_definite_lam, second, solve, vector
+from game import GAMMA, Game, first, positive_definite_lam, second, solve, vector
+from runs import args, run_main, scalars
 from torch.func import functional_call, jvp
 
 import stddpg
@@ -48,3 +49,33 @@ def test_critic_as_leader_has_no_gauss_newton_part(activation):
         assert eigenvalues[-1] > 1e-3 * hessian.norm()
     else:
         assert gauss_newton.norm() > 1e-2 * hessian.norm()
+
+
+def test_target_policy_takes_theta_out_of_the_target(here, monkeypatch):
+    """With DDPG's target actor L does not depend on θ: another run, and one that cannot have a leader."""
+    game = Game(stddpg)
+    game.target_actor.net[-1].bias.data += 0.1
+    plain, changed = (game.gradients(5.0, leader="none", target_policy=value) for value in (False, True))
+    expected = stddpg.td_target(game.target_actor, game.target_critic, game.batch, GAMMA)
+    torch.testing.assert_close(changed[4]["y"], expected, rtol=0, atol=0)
+    assert not torch.equal(plain[4]["y"], expected)
+    for leader in ("actor", "critic"):
+        with pytest.raises(SystemExit, match="it needs --leader none"):
+            run_main(stddpg, monkeypatch, "--target-policy", "--leader", leader)
+    runs = [stddpg.train(args(stddpg, leader="none", target_policy=value)) for value in (False, True)]
+    losses = [scalars(run_dir)["losses/qf1_loss"][100] for run_dir in runs]
+    assert losses[0] != losses[1]
+
+
+def test_exploration_noise_is_in_half_widths_of_the_box(here):
+    """None of it in evaluations; a quarter of the box for a standard deviation of 0.5."""
+    for noise in (0.0, 0.5):
+        run = args(stddpg, exploration_noise=noise, total_timesteps=400, start_steps=0, update_after=500)
+        run_dir = stddpg.train(run)
+        state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+        obs, actions, *_ = state["buffer"]["data"]
+        env = stddpg.make_env(run.env_id)
+        actor = stddpg.Actor(env.observation_space, env.action_space, run.hidden)
+        actor.load_state_dict(state["actor"])
+        found = (actions - actor(obs).detach()).std().item()
+        assert found == pytest.approx(noise, rel=0.1, abs=1e-6)
