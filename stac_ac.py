@@ -7,19 +7,25 @@
 Zheng, Fiez, Alumbaugh, Chasnov, Ratliff: Stackelberg Actor-Critic: Game-Theoretic Reinforcement Learning Algorithms,
 2021. Numbers in parentheses are its equations. Actor and critic are two players. The actor (θ) minimises -J(θ, w), the
 critic (w) minimises L(θ, w), and the actor leads: it follows the total derivative of its cost through the critic's best
-response. Everything else is Spinning Up's vanilla policy gradient, with plain gradient descent (Appendix E).
+response. Everything else is Spinning Up's vanilla policy gradient, but for plain gradient descent (Appendix E) and
+--unroll critic steps a batch.
 
     python stac_ac.py --env-id CartPole-v1 --leader actor --lam 0 --unroll 80    # STAC; none: AC
     python stac_ac.py --env-id Hopper-v4 --run-dir runs/hopper       # begins there; the same command carries it on
     python stac_ac.py --evaluate runs/hopper/model.pt                # plays a model that --save-model has saved
 
-How L depends on θ is estimated from the start states s_0 of Proposition 1 and Theorem 1. --start-states says which:
+The implicit term needs ∇_θL, an expectation over trajectories from a start state s_0 (Proposition 1, Theorem 1). Which
+states of the batch count as s_0, --start-states says:
 
     released    the batch's first state alone, as in the released code: AC's gradient times a number, about 2 at λ = 0
-    every       every visited state, each as the start of the rest of its trajectory: what the critic's loss is about
+    every       every visited state, as the start of its trajectory's rest: those that the critic's loss averages over
     initial     the first state of each trajectory: the propositions as they are written
+
+With a small λ and the full Hessian a solve often stops early (stackelberg/negative_curvature): then say
+--curvature gauss-newton.
 """
 
+import atexit
 import copy
 import fcntl
 import math
@@ -48,7 +54,7 @@ from torch.distributions import Categorical, Independent, Normal
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-# v4 ids are the nearest to the paper's tasks; that they are old is known, and the one warning that is silenced
+# the v4 tasks are the nearest to the paper's: silence the warning that they are old, and no other
 warnings.filterwarnings("ignore", r".*The environment \S+ is out of date", DeprecationWarning)
 
 
@@ -57,8 +63,8 @@ class Args:
     exp_name: str = ""  # name of the experiment (default: the algorithm's, which is ac or stac-al)
     seed: int = 1  # seed of the experiment
     cuda: bool = True  # update on a GPU if there is one (the policy acts on the CPU)
-    track: bool = False  # send the curves to Weights & Biases (WANDB_PROJECT and WANDB_ENTITY say where)
-    capture_video: bool = False  # record the first episode of --evaluate (`videos` beside the model)
+    track: bool = False  # send the curves to Weights & Biases (needs wandb; WANDB_PROJECT, WANDB_ENTITY: where to)
+    capture_video: bool = False  # record the first episode of --evaluate (needs moviepy; `videos` beside the model)
     save_model: bool = False  # save the model (`model.pt` in the run's folder) at the end
     run_dir: str | None = None  # folder of the run: begins it or carries it on (default: a new folder in runs)
     evaluate: str | None = None  # a model.pt to play for --eval-episodes episodes, instead of training
@@ -72,7 +78,7 @@ class Args:
     num_steps: int = 4_000  # the number of steps in a batch
     gamma: float = 0.99  # the discount factor gamma
     gae_lambda: float = 0.97  # the lambda of the generalized advantage estimation, of a V critic
-    norm_adv: bool = True  # normalize the advantages; their scale divides the total derivative
+    norm_adv: bool = True  # centre the advantages, and divide the actor's gradient by their standard deviation
     policy_lr: float = 0.1  # the learning rate of the actor's gradient descent
     critic_lr: float = 0.01  # the learning rate of the critic's gradient descent
     grad_noise: float = 0.0  # standard deviation of Gaussian noise on each gradient (the released code has 0.05)
@@ -81,7 +87,7 @@ class Args:
 
     # The Stackelberg game
     leader: Literal["actor", "none"] = "actor"  # follows its total derivative; none: plain AC, its limit λ → ∞
-    lam: float = 500.0  # λ of the regularized ∇_w²L + λI (Section 4.5); the paper has 0 in CartPole, 500 elsewhere
+    lam: float = 500.0  # λ of ∇_w²L + λI (Section 4.5), for MuJoCo. CartPole: the paper has 0; 500 leaves little but AC
     lam_decay: float | None = None  # λ exp(-t / lam_decay) at step t; the released code has 1e5 (default: λ stays)
     unroll: int = 1  # m of Algorithm 2: critic steps on a batch, for one of the actor's
     start_states: Literal["released", "every", "initial"] = "released"  # which states are an s_0, see above
@@ -160,7 +166,10 @@ def make_env(env_id, max_episode_steps=None, video_folder=None, video_every=1):
 
 
 def reset(env, *key):
-    """Starts an episode whose randomness depends on `key` alone, so that a checkpoint between two is complete."""
+    """Starts an episode whose randomness depends on `key` alone, so that a checkpoint between two is complete.
+
+    Trap: where an environment draws from the global generators, an evaluation amid a batch would seed these anew.
+    """
     seed = int(np.random.SeedSequence(key).generate_state(1)[0] % 2**31)  # some environments want an int32
     random.seed(seed)
     np.random.seed(seed)
@@ -197,7 +206,7 @@ def numpy_mlp(net):
         if isinstance(layer, nn.Linear):
             weight = layer.weight.detach().cpu().numpy()
             bias = layer.bias.detach().cpu().numpy()
-            layers.append((np.ascontiguousarray(weight.T), bias))
+            layers.append((weight.T.copy(order="C"), bias.copy()))  # copies: an optimizer's step must not change them
         elif not isinstance(layer, nn.Tanh):
             stop(f"the actor acts in numpy, and numpy_mlp does not know {type(layer).__name__}: change it with mlp")
     last_weight, last_bias = layers.pop()
@@ -233,7 +242,8 @@ class Actor(nn.Module):
         """The policy in numpy, for the steps t < num_steps of a batch: a function (obs [obs_dim], t) -> a ~ π_θ(·|s).
 
         It has the θ of now, and its noise is drawn here for all steps: a Gaussian's, or Gumbel's, whose argmax with the
-        logits is a sample of the Categorical. Change it with `forward`: `check_first_batch` compares them.
+        logits is a sample of the Categorical. Trap: another policy changes `forward`, `acting_distribution` and this.
+        `check_first_batch` compares the first two; that the noise here is another it does not see.
         """
         outputs = numpy_mlp(self.net)
         noise = torch.empty(num_steps, self.n_out)
@@ -248,6 +258,13 @@ class Actor(nn.Module):
             return x.argmax() if self.discrete else x
 
         return sample
+
+    def acting_distribution(self, obs):
+        """The distribution that `sampler` draws from, on the CPU, by numpy_mlp."""
+        outputs = torch.from_numpy(numpy_mlp(self.net)(obs.numpy()))
+        if self.discrete:
+            return Categorical(logits=outputs, validate_args=False)
+        return Independent(Normal(outputs, self.log_std.exp(), validate_args=False), 1)
 
 
 class Critic(nn.Module):
@@ -301,8 +318,8 @@ class QCritic(nn.Module):
 
 
 # Batch collection
-# Trajectories, one after the other: tensors, first axis N. trajectory: the number of the one that a step belongs to.
-# One whose last step is not `terminated` was cut: by a time limit, or by the end of the batch.
+# N steps, trajectory after trajectory, as tensors with first axis N. trajectory: the number of a step's trajectory. If
+# its last step is not `terminated`, it was cut: by a time limit, or by the end of the batch.
 Rollout = namedtuple("Rollout", "obs actions rewards next_obs terminated trajectory")
 
 
@@ -385,9 +402,9 @@ def estimate(actor, critic, batch, args):
 # Surrogates
 #
 # J and L depend on θ through the distribution of the trajectories, which autograd does not see. The surrogates f1 and
-# f2 have the values of the costs -J and L on the batch, and through `score`, which is 0 but has the gradient of log π,
-# the four derivatives that the Stackelberg gradient takes: ∇_θf1, ∇_wf1, ∇_w²f2 and ∇_θ∇_wf2. Nothing else of them
-# means anything: ∇_θ²f1 is not that of -J, and ∇_θf2 multiplies estimates that share their samples.
+# f2 have the values of the costs -J and L on the batch. `score` is 0 but has the gradient of log π; through it they
+# have the derivatives that are used: ∇_θf1, ∇_wf1, ∇_wf2, ∇_w²f2 and ∇_θ∇_wf2. Others mean nothing: ∇_θ²f1 is not that
+# of -J, and ∇_θf2 multiplies estimates that share their samples.
 def score_function(policy, actions):
     """log π_θ(a|s) less its own value: zeros [N] whose gradient is ∇_θ log π_θ(a|s)."""
     log_prob = policy.log_prob(actions)
@@ -397,19 +414,23 @@ def score_function(policy, actions):
 def actor_surrogate(critic, batch, score, advantages, args):
     """f1, for -J(θ, w): a scalar.
 
-    ∇_θJ is the policy gradient (3). ∇_wJ is that of (2) and, for a state value critic (Section 4.2), of
-    J = E[r + γ (1 - terminated) V_w(s')]: the paper's text leaves out what multiplies V_w. With `released` it is that
-    of E[V_w(s)], as in the released code.
+    ∇_θJ is the policy gradient (3). ∇_wJ depends on the critic:
+    - Q_w(s, a): that of (2).
+    - V_w(s): of J = E[r + γ (1 - terminated) V_w(s')]; Section 4.2 prints it without the factors.
+    - `released`: of E[V_w(s)], as in the released code.
     """
     if args.start_states == "released":
-        q = critic(batch.obs, batch.actions)
+        value = critic(batch.obs, batch.actions)
     else:
-        q = critic.action_values(batch, args.gamma)
-    return -(q + score * advantages).mean()
+        value = critic.action_values(batch, args.gamma)
+    return -(value + score * advantages).mean()
 
 
 def linear_values(critic, obs, actions):
-    """The critic's values, to first order in w, [N]. So ∇_w²L is (2/N) 𝒥ᵀ𝒥, 𝒥 = ∂V_w/∂w: no negative eigenvalues."""
+    """The critic's values, to first order in w, [N].
+
+    So ∇_w²L is (2/N) 𝒥ᵀ𝒥 for the squared loss, 𝒥 = ∂V_w/∂w: no negative eigenvalues.
+    """
     w = dict(critic.named_parameters())
     w_k = {name: p.detach() for name, p in w.items()}
 
@@ -423,8 +444,8 @@ def linear_values(critic, obs, actions):
 def critic_loss(values, targets, ratio=1):
     """The critic's cost L(θ, w), (4): a scalar.
 
-    θ is in the targets, and in the ratio π_θ(a|s) / π_{θ_k}(a|s) of how likely the actions are. For a follower, and for
-    a critic that nobody leads, both are constants.
+    `critic_surrogate` puts θ into the targets and into the ratio, which is 1 but has the gradient of how likely an
+    action is. For the critic's own steps both are constants.
     """
     return (ratio * (values - targets) ** 2).mean()
 
@@ -446,17 +467,18 @@ def critic_surrogate(critic, batch, score, estimates, args):
         is_start = F.pad(batch.trajectory[1:] != batch.trajectory[:-1], (1, 0), value=True).to(score)
     elif args.start_states == "released":
         is_start[1:] = 0.0
-        influence = (score * estimates.advantages).mean()
-    start = is_start / is_start.mean()  # with this weight the mean over the batch is the mean over its s_0
+        influence = (score * estimates.advantages).mean()  # ∇_θJ, one number for all
+    start_weight = is_start / is_start.mean()  # with this weight the mean over the batch is the mean over its s_0
     ratio = 1
     if args.critic == "q":
-        influence = influence - score * estimates.mc_advantages  # ∇_θQ^π(s_0, a_0), (19), where a_0 is given
-        ratio = 1 + start * score
+        # a_0 is given, so its own term goes to the ratio
+        influence = influence - score * estimates.mc_advantages  # ∇_θQ^π(s_0, a_0), (19)
+        ratio = 1 + start_weight * score
     if args.curvature == "gauss-newton":
         values = linear_values(critic, batch.obs, batch.actions)
     else:
         values = critic(batch.obs, batch.actions)
-    return critic_loss(values, estimates.returns + start * influence, ratio)
+    return critic_loss(values, estimates.returns + start_weight * influence, ratio)
 
 
 # Solver
@@ -480,13 +502,13 @@ def conjugate_gradient(matvec, b, max_iters, tol):
     broken = ~residual.isfinite()
     max_curvature = torch.zeros_like(b_norm)
     active = residual > tol
-    p = torch.zeros_like(b)  # with p = 0 and rz = 1 the first direction is z
+    p = torch.zeros_like(b)  # with p = 0 and rz = 1 the first direction is r, which is b
     rz = torch.ones_like(b_norm)
 
     for _ in range(max_iters):
         if not active:
             break
-        z = r
+        z = r  # no preconditioner here; otherwise the function of stsac.py
         rz_old = rz
         rz = r @ z
         p = z + rz / rz_old * p
@@ -569,8 +591,8 @@ def stackelberg_gradient(f1, f2, x1, x2, lam, cg_iters, cg_tol, *, grad2_f2=None
 
     f1, f2: the leader's and the follower's cost, scalars with their graphs; x1, x2: their lists of parameters.
     grad2_f2: ∇₂f2 with its graph, which callers often have: it is the follower's own gradient.
+    Here f1 = -J and f2 = L, so the result is minus (15), which is of J.
     Returns a list like x1, and info.
-    Here f1 = -J and f2 = L, so that this is minus (15), which is of J.
     """
     grad1_f1, grad2_f1 = cost_gradients(f1, x1, x2)
     if grad2_f2 is None:
@@ -594,13 +616,15 @@ def player_gradients(actor, critic, batch, estimates, lam, args):
     w = trainable(critic)
     scale = 1.0
     if args.norm_adv:
-        # trap: the scale divides the composed gradient, below. If it divided the advantages, it would shrink the direct
-        # term and not the implicit one
+        # trap: the scale divides the composed gradient, below. With `every` and `initial` the implicit term has other
+        # advantages: dividing these here would shrink the direct term alone
         scale = estimates.advantages.std(correction=0) + 1e-8
         estimates = estimates._replace(advantages=estimates.advantages - estimates.advantages.mean())
     policy = actor(batch.obs)
     score = score_function(policy, batch.actions)
     f_actor = actor_surrogate(critic, batch, score, estimates.advantages, args)
+    # the norms in info are before the division by the scale; f_actor, which is losses/policy_loss, is -J by the critic,
+    # not Spinning Up's surrogate
     info = {}
 
     if args.leader == "none":
@@ -615,6 +639,7 @@ def player_gradients(actor, critic, batch, estimates, lam, args):
         )
 
     info["entropy"] = policy.entropy().mean().detach()
+    # trap: this divides all of f1. A term that you add to it, such as an entropy bonus, has to be multiplied by scale
     grad_theta = [g.detach() / scale for g in grad_theta]
     grad_w = [g.detach() for g in grad_w]
     return f_actor.detach(), f_critic.detach(), grad_theta, grad_w, info
@@ -636,7 +661,7 @@ def with_noise(grads, std):
 
 
 def stackelberg_update(actor, critic, actor_optimizer, critic_optimizer, batch, lam, args):
-    """One iteration of Algorithm 2 (with m = 1 of Algorithm 1, (11) and (12)). Returns both costs, and info.
+    """One iteration of Algorithm 2; with m = 1 it is Algorithm 1, (11) and (12). Returns both costs, and info.
 
     The critic takes m steps on the batch, the actor one. Both players' first gradients are at the same (θ_k, w_k).
     """
@@ -656,6 +681,7 @@ def stackelberg_update(actor, critic, actor_optimizer, critic_optimizer, batch, 
 # Evaluation
 def evaluate(actor, env, episodes, *key):
     """Undiscounted returns of `episodes` episodes of the most likely action, [episodes]; they start as `key` says."""
+    device = next(actor.parameters()).device
     returns = np.zeros(episodes)
     actor.eval()
     for episode in range(episodes):
@@ -663,8 +689,8 @@ def evaluate(actor, env, episodes, *key):
         done = False
         while not done:
             with torch.no_grad():
-                action = actor(torch.as_tensor(obs)).mode
-            obs, reward, terminated, truncated, _ = env.step(to_env(action.numpy(), env.action_space))
+                action = actor(torch.as_tensor(obs, device=device)).mode
+            obs, reward, terminated, truncated, _ = env.step(to_env(action.cpu().numpy(), env.action_space))
             obs = to_float32(obs)
             returns[episode] += to_float32(reward).item()
             done = terminated or truncated
@@ -788,6 +814,7 @@ def new_writer(run_dir, start, args):
         if began and int(began[1]) > time.time():
             print(f"the clock is behind {path}: TensorBoard, which goes by time, may hide the older part of a curve")
     writer = SummaryWriter(str(run_dir), purge_step=start + 1, flush_secs=10)
+    atexit.register(writer.close)  # also after `stop`: what was written so far is kept
     table = ["|param|value|", "|-|-|"]
     for name, value in vars(args).items():
         table.append(f"|{name}|{value}|")
@@ -821,10 +848,9 @@ def check_first_batch(actor, critic, batch):
     policy = copy.deepcopy(actor).cpu().double()
     obs = batch.obs.cpu().double()
     actions = batch.actions.cpu()
-    outputs = torch.from_numpy(numpy_mlp(policy.net)(obs.numpy()))
-    acted = Categorical(logits=outputs) if policy.discrete else Independent(Normal(outputs, policy.log_std.exp()), 1)
-    if not torch.allclose(acted.log_prob(actions), policy(obs).log_prob(actions), rtol=1e-6, atol=1e-6):
-        stop("the actor's forward was changed, and its sampler was not: they are two policies (see Actor.sampler)")
+    acted = policy.acting_distribution(obs).log_prob(actions)
+    if not torch.allclose(acted, policy(obs).log_prob(actions), rtol=1e-6, atol=1e-6):
+        stop("the actor's forward is not its acting_distribution: they are two policies (see Actor.sampler)")
 
 
 def train(args):

@@ -734,6 +734,21 @@ class TestCollect:
             assert ((samples.mean(0) - policy.mean).abs() < 5 * std / n**0.5).all()
             torch.testing.assert_close(samples.std(0), std, rtol=0.03, atol=0)
             assert policy.log_prob(samples).shape == (n,)
+        acted = actor.acting_distribution(obs.expand(n, 3))
+        torch.testing.assert_close(acted.log_prob(samples), policy.log_prob(samples), rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("n_out", [1, 2])
+    @pytest.mark.parametrize("n_hidden", [1, 8])
+    def test_the_numpy_sampler_has_the_parameters_of_its_making(self, n_hidden, n_out):
+        """An optimizer's step in place does not change it, not even where a matrix and its transpose look alike."""
+        actor = stac_ac.Actor(SPACES[0], Box(-1.0, 1.0, (n_out,)), (n_hidden,))
+        sampler = actor.sampler(1)
+        obs = np.ones(3, dtype=np.float32)
+        before = sampler(obs, 0)
+        with torch.no_grad():
+            for p in actor.parameters():
+                p += 1
+        assert np.array_equal(sampler(obs, 0), before)
 
     @pytest.mark.parametrize(
         "between",
@@ -767,6 +782,23 @@ class TestCollect:
         env_id = "Compass-v0" if change == "temperature" else "Point-v0"
         message = refused(stac_ac.train, args(env_id=f"point_env:{env_id}"))
         assert "they are two policies" in message
+
+    def test_a_policy_that_is_changed_in_both_places(self, monkeypatch):
+        """No refusal: the class says what its sampler draws from."""
+        run = args(env_id="point_env:Compass-v0", total_timesteps=200)
+
+        def change(name):
+            original = getattr(stac_ac.Actor, name)
+
+            def warmer(self, obs):
+                return stac_ac.Categorical(logits=original(self, obs).logits / 2)
+
+            monkeypatch.setattr(stac_ac.Actor, name, warmer)
+
+        change("acting_distribution")
+        assert "they are two policies" in refused(stac_ac.train, run)
+        change("forward")
+        stac_ac.train(run)
 
     def test_rounding_is_no_other_policy(self):
         """Large observations have large rounding errors."""
