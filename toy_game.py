@@ -74,7 +74,8 @@ def check_args(args):
         raise SystemExit("toy_game.py: error: Assumption 1 needs 1/2 < --w-decay < --theta-decay <= 1")
 
 
-# THE GAME (Section 3.2). θ and w are numbers or arrays. Some functions of (θ, w) use one of the two alone.
+# THE GAME (Section 3.2). θ and w are numbers or arrays.
+# Every derivative of J and L takes (θ, w), even where it depends on one of them alone.
 
 
 def reward(theta, c, peak=0.0):
@@ -133,19 +134,21 @@ def stackelberg_direction(theta, w, lam, c, peak=0.0):
 
 
 def vector_field(theta, w, lam, c, peak=0.0):
-    """(θ', w') = (∇J, -∇_wL), the continuous-time limit of the updates (Theorem 2)."""
+    """(dθ/dt, dw/dt) = (∇J, -∇_wL), the continuous-time limit of the updates (Theorem 2)."""
     return stackelberg_direction(theta, w, lam, c, peak), -grad_w_L(theta, w, c, peak)
 
 
 def second_order(lam, c, peak=0.0):
-    """The leader's ∇²f1 and the follower's ∇_2²f2 at (p, 0), where both gradients vanish. Definition 1 wants both > 0.
+    """The leader's ∇²f1 and the follower's ∇_2²f2 at (p, 0), of which Definition 1 wants that both are > 0.
 
-    The follower's cost is f2 = L + λ/2 w², so its best response is w*(θ) = 2θR(θ) / (2θ² + λ). Along it the leader's
-    cost f1 = -J is 2cθ²(θ - p)² / (2θ² + λ). With λ = 0 that is c(θ - p)².
+    Both gradients vanish there (for p = 0 and λ = 0 in the limit θ → 0). f2 = L + λ/2 w² is how the leader sees the
+    follower's cost (Section 4.5); the follower itself descends L. The best response to f2 is
+    w*(θ) = 2θR(θ) / (2θ² + λ). Along it the leader's cost f1 = -J is 2cθ²(θ - p)² / (2θ² + λ). With λ = 0 that is
+    c(θ - p)².
     """
     follower = hess_w_L(peak, 0.0) + lam
     if lam == 0:
-        leader = 2 * c
+        leader = 2 * c  # also at p = 0, where the quotient below is 0/0
     else:
         leader = 4 * c * peak**2 / (2 * peak**2 + lam)
     return leader, follower
@@ -194,7 +197,8 @@ def sac_directions(mu, sigma, w, noise, lam, c, eta):
     """The directions in which μ, σ and w step, estimated from the actions of noise ε [samples, ...].
 
     J = E[wa - η log π(a)], as in (9), and L = E[(r(a) - wa)²] with r(a) = -ca². Each expectation is replaced by the
-    mean over the samples, also that of each factor of the implicit term.
+    mean over the samples, also that of each factor of the implicit term. All factors share the samples, which biases
+    their product.
     """
     # Derivatives for a fixed ε, with log π(a) = -ε²/2 - log σ - log(1 - a²) + const.
     a = np.tanh(mu + sigma * noise)
@@ -330,7 +334,8 @@ def simulate_toy(args):
         ("Stackelberg, λ = 0", 0.0, BLUE, "--"),
         (f"Stackelberg, λ = {args.lam:g}", args.lam, GREEN, "-."),
     ]:
-        theta, w = simulate(args.theta0, args.w0, alpha_theta, alpha_w, no_noise, no_noise, lam, args.reward_scale)
+        start = args.theta0, args.w0
+        theta, w = simulate(*start, alpha_theta, alpha_w, no_noise, no_noise, lam=lam, c=args.reward_scale)
         results.append(Result(label, lam, color, line, theta, w))
     return results
 
@@ -338,30 +343,29 @@ def simulate_toy(args):
 def print_toy(args, results):
     """How close each of the dynamics came, and how."""
     iterates = [k for k in (1_000, 10_000) if k < args.steps] + [args.steps]
-    late = min(1_001, args.steps - 1)  # the index of the iterate that update 1,001 makes
     rows = []
     for result in results:
         theta = result.actor
         distance = np.sqrt(squared_error(theta, result.critic))
         distances = " / ".join(f"{distance[k - 1]:.3g}" for k in iterates)
         sign_changes = np.count_nonzero(np.diff(np.sign(theta)))
-        worst = reward(theta[late:], args.reward_scale).min()
+        worst = reward(theta[min(1_000, args.steps - 1) :], args.reward_scale).min()
         rows.append([result.label, distances, f"{sign_changes}", f"{theta.max():.3g}", f"{worst:.3g}"])
     at = " / ".join(f"{k:,}" for k in iterates)
-    columns = [f"√(θ²+w²) at iterate {at}", "sign changes of θ", "largest θ", "worst R(θ) after update 1,000"]
+    columns = [f"√(θ²+w²) at iterate {at}", "sign changes of θ", "largest θ", "worst R(θ) from iterate 1,001 on"]
     print_table(["dynamics", *columns], rows)
 
 
 def draw_toy(args, results):
     """Figures 1, 4, 5."""
     c = args.reward_scale
-    arrows = [vector_field(*grid(), result.lam, c) for result in results]
+    arrows = [vector_field(*grid(), lam=result.lam, c=c) for result in results]
     errors = [squared_error(result.actor, result.critic) for result in results]
     returns = [reward(result.actor, c) for result in results]
     note = f"R(θ) = −{c:g}θ².  ○ start, ★ equilibrium.  Arrows show the direction alone."
 
     figure, axes = new_figure(3, note)
-    draw_planes(axes[:2], results, arrows)
+    draw_planes(axes[:2], results[:2], arrows[:2])  # Figure 1 leaves out λ > 0
     draw_curves(axes[2], "(c) error", "θ² + w²", "log", results, errors)
     axes[2].legend()
     save_figure(figure, args, "figure1")
@@ -458,7 +462,8 @@ def sac(args):
 
 
 # EXPERIMENTS: Theorem 2. The reward's peak is at p ≠ 0, so that (p, 0) is a differential Stackelberg equilibrium.
-# Near it, though not near θ = 0, ∇J and ∇_wL are Lipschitz and bounded, as Assumption 1 asks.
+# Assumption 1 asks for a Lipschitz ∇_wL and a Lipschitz and bounded ∇J everywhere. Here they are so only near (p, 0):
+# ∇J has a pole at θ = 0. The runs stay away from it.
 
 
 def step_sizes(args):
@@ -480,7 +485,8 @@ def simulate_theorem2(args, runs=10):
     alpha_theta, alpha_w = step_sizes(args)
     rng = np.random.default_rng(args.seed)
     noise = args.noise * rng.standard_normal((args.noisy_steps - 1, 2, runs))
-    return simulate(theta0, w0, alpha_theta, alpha_w, noise[:, 0], noise[:, 1], 0.0, args.reward_scale, p)
+    noise_theta, noise_w = noise[:, 0], noise[:, 1]
+    return simulate(theta0, w0, alpha_theta, alpha_w, noise_theta, noise_w, lam=0.0, c=args.reward_scale, peak=p)
 
 
 def print_theorem2(args, error):
@@ -499,19 +505,21 @@ def print_theorem2(args, error):
 
 
 def draw_theorem2(args, theta, w, error):
-    """The runs, and their error beside the rate at which the noise of the critic's steps falls."""
+    """The runs, and their error beside the variance that the noise of the critic's steps alone gives w."""
     c = args.reward_scale
     p = args.peak
     width = 0.45 * abs(p)
     result = Result("noisy iterates", 0.0, BLUE, "-", theta, w)
-    arrows = vector_field(*grid(p, width), 0.0, c, p)
+    arrows = vector_field(*grid(p, width), lam=0.0, c=c, peak=p)
     game = f"R(θ) = −{c:g}(θ − {p:g})², noise {args.noise:g}."
     figure, axes = new_figure(2, f"{game}  ○ start, ★ equilibrium.  Median and quartiles of {theta.shape[1]} runs.")
     draw_planes(axes[:1], [result], [arrows], p, width)
     draw_curves(axes[1], "(b) error", "(θ − p)² + w²", "log", [result], [error])
     iterate = np.arange(2, args.noisy_steps + 1)  # those that the updates make
     _, alpha_w = step_sizes(args)
-    axes[1].plot(iterate, args.noise**2 * alpha_w, "k:", lw=1.8, label="noise² α_w")
+    # The variance of w under its own noise: noise² α_w / (2 ∇_w²L).
+    variance = args.noise**2 * alpha_w / (2 * hess_w_L(p, 0.0))
+    axes[1].plot(iterate, variance, "k:", lw=1.8, label="variance of w from its noise")
     axes[1].legend()
     save_figure(figure, args, "theorem2")
 
@@ -527,7 +535,7 @@ def theorem2(args):
 def main():
     """The command line."""
     for stream in (sys.stdout, sys.stderr):
-        # A terminal that knows ASCII alone shows "?" for λ and ± instead of a traceback.
+        # A terminal that knows ASCII alone shows "?" for θ and λ instead of a traceback.
         stream.reconfigure(errors="replace")
     args = tyro.cli(Args, description=__doc__)
     check_args(args)
