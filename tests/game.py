@@ -128,7 +128,7 @@ class Game:
 def assert_is_the_total_derivative(game, lam=None, leader="actor", curvature="hessian", **flags):
     """Both players' gradients against (15) with the matrix built and inverted, the follower's against autograd's."""
     direct, grad2_f1, mixed, matrix = game.dense(leader, curvature)
-    lam = lam or positive_definite_lam(matrix)
+    lam = positive_definite_lam(matrix) if lam is None else lam
     implicit = -mixed.T @ solve(matrix, lam, grad2_f1)
     assert implicit.norm() > 1e-3 * direct.norm()  # so that the rest is about something
     f_actor, f_critic, grad_theta, grad_w, info = game.gradients(lam, leader=leader, curvature=curvature, **flags)

@@ -15,6 +15,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+import torch._dynamo  # noqa: F401  before a test patches torch.compiler.is_compiling
 
 import stac_ac
 import stddpg
