@@ -117,6 +117,25 @@ def test_commands_of_the_gpu_script(tmp_path):
     assert summary.count("exit code 0") == len(summary.splitlines())
 
 
+def gpu_tests_on_a_cpu(*options):
+    environment = os.environ | {"GPU_TEST_DEVICE": "cpu"}
+    line = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, ROOT / "tests/test_gpu.py"]
+    return subprocess.run(line, env=environment, capture_output=True, text=True, cwd=ROOT)
+
+
+def test_the_gpu_tests_on_a_cpu():
+    """Those that take no compiler and no runs."""
+    done = gpu_tests_on_a_cpu("-k", "of_the_cpu or on_the_device")
+    assert done.returncode == 0 and " passed" in done.stdout and "skipped" not in done.stdout, done.stdout[-2000:]
+
+
+@pytest.mark.slow
+def test_all_gpu_tests_on_a_cpu():
+    """In about two minutes: python -m pytest -m slow tests/test_throughput.py"""
+    done = gpu_tests_on_a_cpu()
+    assert done.returncode == 0, done.stdout[-2000:]
+
+
 @pytest.mark.slow
 def test_the_gpu_script_on_a_cpu(tmp_path):
     """All of it, in about four minutes: python -m pytest -m slow tests/test_throughput.py"""
