@@ -631,8 +631,9 @@ def jacobians(critic, qs, layers):
     for q in qs:
         # of the sum over i, because Q_i depends on outputs_i alone (`check_gauss_newton` sees if it does not)
         slopes.append(torch.autograd.grad(q.sum(), outputs, retain_graph=True, allow_unused=True))
-    # by how many Q networks each layer is used; more than one: they share it
-    users = [sum(slope is not None for slope in of_layer) for of_layer in zip(*slopes)]
+    users = []  # how many Q networks depend on each layer; more than one: they share it
+    for of_layer in zip(*slopes):
+        users.append(sum(slope is not None for slope in of_layer))
     if min(users) == 0:
         refuse("critic", "a layer that has run does not reach Q")
     if max(users) > 1:

@@ -157,7 +157,7 @@ def second_order(lam, c, peak=0.0):
 # ITERATES
 
 
-def simulate(theta0, w0, alpha_theta, alpha_w, noise_theta, noise_w, lam, c, peak=0.0):
+def simulate(theta0, w0, alpha_theta, alpha_w, noise_theta, noise_w, *, lam, c, peak=0.0):
     """The updates (17)-(18), which without noise are (11)-(12).
 
     α and the noise have an entry for every update k. θ_0 and w_0 are numbers, or arrays with an entry for every run.

@@ -202,7 +202,7 @@ def test_simulate_updates_both_players_at_the_same_point():
     alpha_theta, alpha_w = [0.1, 0.2], [0.3, 0.4]
     noise_theta, noise_w = 0.1 * np.random.default_rng(0).standard_normal((2, 2, 3))
     starts = [-1.0, 0.5, 0.8], [1.0, -0.4, 0.2]
-    theta, w = toy_game.simulate(*starts, alpha_theta, alpha_w, noise_theta, noise_w, 0.04, C, 0.1)
+    theta, w = toy_game.simulate(*starts, alpha_theta, alpha_w, noise_theta, noise_w, lam=0.04, c=C, peak=0.1)
     np.testing.assert_array_equal([theta[0], w[0]], starts)
     assert theta.shape == w.shape == (3, 3)
     for run in range(3):
