@@ -87,6 +87,10 @@ throughput wide-batch-100 20 "$wide" $cuda --no-compile
 part profile 60 "$PYTHON" benchmark/throughput.py "$walker" $cuda --no-compile --updates 20 --rounds 1 \
   --only none "actor, Gauss-Newton" --profile "$out/profile-tables.txt"
 
+# Then the contestants that take long to compile
+throughput compiled-hessian 70 "$walker" $cuda --no-eager --cuda-graphs --only none "actor, Hessian, preconditioned" critic
+throughput compiled-plain 90 "$walker" $cuda --no-eager --cuda-graphs --only none "actor, Hessian, plain, 10 products"
+
 # 4. Seeds side by side, while there is time
 for seeds in 1 2 4 8; do
   [ $(($(date +%s) - begin)) -lt 500 ] || break

@@ -101,18 +101,20 @@ def test_commands_of_the_gpu_script(tmp_path):
     line = [ROOT / "benchmark/gpu.sh", tmp_path / "wheels", tmp_path / "out"]
     subprocess.run(line, env=environment, check=True, stdout=subprocess.DEVNULL)
     text = (tmp_path / "commands").read_text()
-    assert text.count("-m pytest") == 1 and text.count("--cuda-graphs") == 2 and text.count("--profile") == 1
+    assert text.count("-m pytest") == 1 and text.count("--cuda-graphs") == 4 and text.count("--profile") == 1
     parsers = {"throughput.py": throughput.Args, "stsac.py": stsac.Args}
     parsed = 0
     for command in text.splitlines():
         program = re.match(r"(?:benchmark/)?(\w+\.py) ", command)
         if program:
-            words = shlex.split(re.sub(r"(actor, [\w-]+(?:, \w+)?)", r"'\1'", command))
+            words = shlex.split(
+                re.sub(r"(actor, [\w-]+(?:, (?:preconditioned|plain, 10 products))?)", r"'\1'", command)
+            )
             args = tyro.cli(parsers[program[1]], args=words[1:])
             parsed += 1
             if program[1] == "throughput.py":
                 assert set(args.only) <= throughput.CONTESTANTS.keys()
-    assert parsed == 2 + 9 + 1 + 15
+    assert parsed == 2 + 11 + 1 + 15
     summary = (tmp_path / "out/summary.txt").read_text()
     assert summary.count("exit code 0") == len(summary.splitlines())
 
