@@ -317,14 +317,23 @@ def score_rows(tasks):
 
 
 def others(name, flags):
-    """What a Stackelberg version of a task is held against: the plain one with its other flags, and its base."""
-    if flags[name]["leader"] != "none":
-        for other in flags:
-            common = flags[name].keys() & flags[other].keys() - GAME - {"leader"}
-            if flags[other]["leader"] == "none" and all(flags[name][flag] == flags[other][flag] for flag in common):
+    """What a Stackelberg version of a task is held against.
+
+    The plain one with the same other flags, the critic as leader with these and the same lam, and its base.
+    """
+    mine = flags[name]
+    if mine["leader"] == "none":
+        return
+    rivals = {"none": GAME}  # a leader, and the flags that may differ
+    if mine["leader"] == "actor":
+        rivals["critic"] = GAME - {"lam", "lam_decay"}
+    for leader, unused in rivals.items():
+        for other, theirs in flags.items():
+            common = mine.keys() & theirs.keys() - unused - {"leader"}
+            if theirs["leader"] == leader and all(mine[flag] == theirs[flag] for flag in common):
                 yield other
                 break
-        yield from sorted((other for other in flags if name.startswith(f"{other}-")), key=len)[-1:]
+    yield from sorted((other for other in flags if name.startswith(f"{other}-")), key=len)[-1:]
 
 
 def improvement_rows(tasks, flags):
@@ -373,9 +382,9 @@ task. † fewer than {FEW} seeds: the interval is too narrow, do not rely on it.
 
 {table(scores)}
 Probability of improvement: how often a seed of the Stackelberg version beats a seed of the plain one with the same
-other flags, or of the version whose name its own extends, to the last step that both have come to; ties count half;
-95 % bootstrap interval. 0.5: no difference. Where every seed of one beats every seed of the other, the interval has no
-width, however few the seeds.
+other flags, of the critic as leader with these and the same λ, or of the version whose name its own extends, to the
+last step that both have come to; ties count half; 95 % bootstrap interval. 0.5: no difference. Where every seed of one
+beats every seed of the other, the interval has no width, however few the seeds.
 
 {table(improvements)}
 Both terms of the total derivative at the end: medians over the last tenth of a run, the lowest and the highest seed.

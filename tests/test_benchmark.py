@@ -610,6 +610,20 @@ def test_what_a_version_is_held_against():
     assert pairs == expected | {f"{name} over ac" for name in ("stac", "stac-gn", "stac-gn-mean", "stac2")}
 
 
+def test_leaders_are_held_against_each_other():
+    """The actor against the critic, at the same λ and tau, however their systems are solved."""
+    flags = {"none": {"leader": "none", "tau": "0.1"}}
+    for lam in ("1", "500"):
+        flags[f"actor-{lam}"] = {"leader": "actor", "lam": lam, "tau": "0.1", "curvature": "gauss-newton"}
+        flags[f"critic-{lam}"] = {"leader": "critic", "lam": lam, "tau": "0.1", "curvature": "hessian"}
+    flags["critic-7"] = flags["critic-1"] | {"tau": "0.2"}
+    flags["actor-7"] = flags["actor-1"] | {"lam": "7"}
+    found = {name: [*plot.others(name, flags)] for name in flags}
+    assert found["actor-1"] == ["none", "critic-1"] and found["actor-500"] == ["none", "critic-500"]
+    assert found["critic-1"] == found["critic-500"] == found["actor-7"] == ["none"]
+    assert found["none"] == found["critic-7"] == []
+
+
 # plot.py: the figure, the command line
 def test_figure(here, monkeypatch):
     """Twelve panels, each with its seeds and steps; one colour a role, and its dashes tell the experiments apart."""
