@@ -4,9 +4,9 @@
 
 writes to the folder `plots`
 
-- figure3.png: a row for each algorithm, a panel for each task; mean over the seeds and its 95 % bootstrap interval. A
-  point of AC is the mean of five batches.
-- terms.png: how long the implicit term is beside the direct one, and their cosine; median, lowest and highest seed.
+- figure3.png: a row for each algorithm, a panel for each task; interquartile mean over the seeds and its 95 % bootstrap
+  interval. A point of AC is the mean of five batches.
+- terms.png: how long the implicit term is beside the direct one, in the same panels; median, lowest and highest seed.
 - table.md, also printed: final scores and areas under the curve, how probably a Stackelberg version is better than the
   plain one, and both terms at the end. What these are exactly, it says itself.
 - curves.csv: every point of every run; flags.json: the flags of each experiment. With --add, the runs stay that are in
@@ -70,6 +70,12 @@ STUDY = {  # runs of stac_ac_rates.csv that belong in the figure
     ("STAC, batch", 0.1): "stac-released-m80",
     ("STAC, every, Gauss–Newton", 0.1): "stac-every-gn-m80",
 }
+PAIRS = [  # compared besides: STAC with AC at a higher rate, and with AC that takes more critic steps
+    ("stac-released-m1", "ac-2x-m1"),
+    ("stac-released-m80", "ac-2x-m80"),
+    ("stac-released-m80", "ac-1.15x-m80"),
+    ("stac-released-m1", "ac-m80"),
+]
 COLOURS = {"none": "#1f5fa8", "actor": "#c8262b", "critic": "#2f9440", "control": "#7a7a7a"}
 THOUSANDS = matplotlib.ticker.EngFormatter(sep="")
 DASHES = ["", (4, 1.5), (1, 1), (5, 1.5, 1, 1.5), (5, 1, 1, 1, 1, 1)]
@@ -200,6 +206,19 @@ def in_order(runs):
     return runs.sort_values(["family", *KEY, "step"], ignore_index=True)
 
 
+def with_study(runs, flags, path):
+    """Adds runs of stac_ac_rates.csv, on tasks where AC was not run else."""
+    done = set(runs.environment[runs.family == "AC"])
+    study = pd.read_csv(path)
+    study = study[(study.m == 80) & ~study.environment.isin(done)]
+    study["experiment"] = [STUDY.get(key) for key in zip(study.arm, study.rate)]
+    study = study.dropna(subset="experiment")
+    study["leader"] = np.where(study.arm == "AC", "none", "actor")
+    for _, run in study.drop_duplicates(KEY[:2]).iterrows():
+        flags[run.environment, run.experiment] = {"leader": run.leader, "policy_lr": str(run.rate)}
+    return in_order(pd.concat([runs, study.assign(family="AC")[runs.columns]]))
+
+
 def write(runs, flags, folder):
     """curves.csv and flags.json."""
     curves = runs[[*KEY, "step", "return", "ratio", "cosine"]].copy()
@@ -319,7 +338,7 @@ def score_rows(tasks):
 def others(name, flags):
     """What a Stackelberg version of a task is held against.
 
-    The plain one with the same other flags, the critic as leader with these and the same lam, and its base.
+    The plain one with the same other flags, the critic as leader with these and the same lam, its base, and PAIRS.
     """
     mine = flags[name]
     if mine["leader"] == "none":
@@ -334,6 +353,7 @@ def others(name, flags):
                 yield other
                 break
     yield from sorted((other for other in flags if name.startswith(f"{other}-")), key=len)[-1:]
+    yield from (other for pair, other in PAIRS if pair == name and other in flags)
 
 
 def improvement_rows(tasks, flags):
@@ -393,16 +413,6 @@ Both terms of the total derivative at the end: medians over the last tenth of a 
 
 
 # Figures
-def with_study(runs, path):
-    """Adds runs of stac_ac_rates.csv to the figure, on tasks where AC was not run else."""
-    done = set(runs.environment[runs.family == "AC"])
-    study = pd.read_csv(path)
-    study = study[(study.m == 80) & ~study.environment.isin(done)]
-    study["experiment"] = [STUDY.get(key) for key in zip(study.arm, study.rate)]
-    study["leader"] = np.where(study.arm == "AC", "none", "actor")
-    return in_order(pd.concat([runs, study.dropna(subset="experiment").assign(family="AC")]))
-
-
 def styles(runs):
     """How seaborn draws the experiments of a family: one colour for each role, and dashes within it."""
     colours, dashes = {}, {}
@@ -416,69 +426,57 @@ def styles(runs):
 
 
 def band(returns):
-    return interval([returns.values], np.mean)
+    return interval([returns.values])
 
 
-def draw_panel(ax, runs, style):
+def draw_panel(ax, runs, style, value, how):
     """One task: a curve for each experiment, and how many seeds and steps stand behind it."""
     ends = runs.groupby(KEY[1:], observed=True).step.max().groupby("experiment", observed=True).agg(["min", "size"])
     title = f"{span(ends['size'])} seeds, {' to '.join(map(THOUSANDS, sorted(set(ends['min']))))} steps"
     if runs.family.iloc[0] == "AC":
         title += f", noise {runs.noise.max():g}"
         runs = runs.assign(step=np.ceil(runs.step / AC_STEPS) * AC_STEPS)
-        runs = runs.groupby([*KEY, "step"], as_index=False, observed=True)["return"].mean()
-    sns.lineplot(runs, x="step", y="return", errorbar=band, ax=ax, legend=False, lw=1.2, **style)
+        runs = runs.groupby([*KEY, "step"], as_index=False, observed=True)[value].mean()
+    sns.lineplot(runs, x="step", y=value, ax=ax, legend=False, lw=1.2, **how, **style)
     ax.set_title(f"{runs.environment.iloc[0]}\n{title}", fontsize=9)
     ax.xaxis.set_major_formatter(THOUSANDS)
 
 
-def draw(runs, path):
-    """Figure 3: the paper's panels, further ones for other tasks, and below what the lines are."""
+def draw(runs, path, value, name, how, scale="linear"):
+    """A column of `runs` in the paper's panels, Figure 3, and further ones for other tasks; below: what the lines are.
+
+    how: the estimate and the band of seaborn's lines.
+    """
     tasks = {}
     for family, (_, _, names) in FAMILIES.items():
         tasks[family] = [*dict.fromkeys([*names.split(), *runs.environment[runs.family == family]])]
     columns = max(map(len, tasks.values()))
-    figure, grid = plt.subplots(len(tasks), columns, figsize=(2.75 * columns, 9), layout="constrained")
+    together = {"sharey": scale == "log", "layout": "constrained"}  # sizes are compared, returns of tasks are not
+    figure, grid = plt.subplots(len(tasks), columns, figsize=(2.75 * columns, 9), **together)
     legend = []
     for axes, family in zip(grid, tasks):
         mine = runs[runs.family == family]
         style = styles(mine)
+        mine = mine.dropna(subset=value)
         for ax, task in zip(axes, tasks[family]):
             if task in set(mine.environment):
-                draw_panel(ax, mine[mine.environment == task], style)
+                draw_panel(ax, mine[mine.environment == task], style, value, how)
             else:
-                ax.text(0.5, 0.5, "not run", ha="center", transform=ax.transAxes, color="grey")
+                ax.text(0.5, 0.5, "no data", ha="center", transform=ax.transAxes, color="grey")
                 ax.set_title(task, fontsize=9)
-                ax.set(xticks=[], yticks=[])
-            ax.set(xlabel="", ylabel="")
-        axes[0].set_ylabel(f"{family}: return")
-        for name, colour in style["palette"].items():
-            legend.append(plt.Line2D([], [], color=colour, dashes=style["dashes"][name] or (1, 0), label=label(name)))
+                ax.tick_params(which="both", bottom=False, labelbottom=False, left=False, labelleft=False)
+            ax.set(xlabel="", ylabel="", yscale=scale)
+        axes[0].set_ylabel(f"{family}: {name}")
+        for line, colour in style["palette"].items():
+            if line in set(mine.experiment):
+                dashes = style["dashes"][line] or (1, 0)
+                legend.append(plt.Line2D([], [], color=colour, dashes=dashes, label=label(line)))
         legend += [plt.Line2D([], [], alpha=0, label=" ")] * (-len(legend) % 5)  # a new column
     for ax in grid[-1]:
         ax.set_xlabel("environment steps")
     figure.legend(handles=legend, ncols=len(legend) // 5, loc="outside lower center", frameon=False, fontsize=8)
     sns.despine(figure)
     figure.savefig(path, dpi=150)
-
-
-def draw_terms(runs, path):
-    """Length and cosine of the implicit term: median over the seeds, lowest and highest."""
-    style = styles(runs)
-    runs = runs.assign(task=runs.environment + ", " + runs.family).rename(columns={"ratio": "|implicit| / |direct|"})
-    long = runs.melt(["task", "experiment", "step"], ["|implicit| / |direct|", "cosine"], "term")
-    how = {"kind": "line", "estimator": "median", "errorbar": ("pi", 100), "height": 2.5}
-    facets = {"sharex": False, "sharey": False}
-    grid = sns.relplot(long, x="step", y="value", row="term", col="task", facet_kws=facets, **how, **style)
-    grid.set_titles("{col_name}").set_axis_labels("environment steps")
-    for ax, term in zip(grid.axes[:, 0], grid.row_names):
-        ax.set_ylabel(term)
-    for ax in grid.axes.flat:
-        ax.xaxis.set_major_formatter(THOUSANDS)
-    for text in grid.legend.texts:
-        text.set_text(label(text.get_text()))
-    sns.move_legend(grid, "upper center", bbox_to_anchor=(0.5, 0), ncols=2, title="")
-    grid.savefig(path, dpi=130)
 
 
 def main():
@@ -495,14 +493,15 @@ def main():
     runs = in_order(runs)
     args.out.mkdir(parents=True, exist_ok=True)
     write(runs, flags, args.out)
+    if args.add and (args.out / "stac_ac_rates.csv").exists():
+        runs = with_study(runs, flags, args.out / "stac_ac_rates.csv")
     text = report(runs, flags)
     (args.out / "table.md").write_text(text)
     print(text)
+    draw(runs, args.out / "figure3.png", "return", "return", {"estimator": iqm, "errorbar": band})
     if runs.ratio.notna().any():
-        draw_terms(runs.dropna(), args.out / "terms.png")
-    if args.add and (args.out / "stac_ac_rates.csv").exists():
-        runs = with_study(runs, args.out / "stac_ac_rates.csv")
-    draw(runs, args.out / "figure3.png")
+        middle = {"estimator": "median", "errorbar": ("pi", 100)}
+        draw(runs, args.out / "terms.png", "ratio", "|implicit| / |direct|", middle, "log")
     note(f"{len(curves)} runs; wrote to {args.out}")
 
 

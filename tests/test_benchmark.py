@@ -635,13 +635,13 @@ def test_figure(here, monkeypatch):
     runs += [("CartPole-v1", name, 1, {20000: 1}) for name in ("ac-2x-m80", "stac-released-m1", "stac-x")]
     runs = table_of(*runs)
     monkeypatch.setattr(plot.plt.Figure, "savefig", lambda *args, **options: None)
-    plot.draw(runs, "figure3.png")
+    plot.draw(runs, "figure3.png", "return", "return", {"estimator": plot.iqm, "errorbar": plot.band})
     figure = plot.plt.gcf()
     panels = [axes.get_title() for axes in figure.axes]
     assert panels[0] == "CartPole-v1\n1 to 2 seeds, 20k to 40k steps, noise 0.05"
     tasks = ["Hopper-v4", "Reacher-v4", "Walker2d-v4"]
     assert panels[1:] == [*tasks, "HalfCheetah-v4", *tasks, "HalfCheetah-v4", *tasks]
-    assert [axes.texts[0].get_text() for axes in figure.axes[1:]] == ["not run"] * 11
+    assert [axes.texts[0].get_text() for axes in figure.axes[1:]] == ["no data"] * 11
     drawn = [line for line in figure.axes[0].lines if len(line.get_xdata())]
     assert [[*line.get_xdata()] for line in drawn[:2]] == [[20000, 40000]] * 2  # five batches a point
     legend = {text.get_text(): line for text, line in zip(figure.legends[0].texts, figure.legends[0].get_lines())}
@@ -658,18 +658,43 @@ def test_figure(here, monkeypatch):
     plot.plt.close("all")
 
 
+def test_figure_of_terms(here, monkeypatch):
+    """Only versions that have both terms, with the dashes that they have among all, and one scale for all panels."""
+    runs = table_of(
+        *(("Hopper-v4", name, 1, {10: 1, 20: 1}) for name in ("sac", "stsac-al", "stsac-al-gn")), family="SAC"
+    )
+    runs.loc[runs.experiment == "stsac-al-gn", "ratio"] = [0.5, 2]
+    monkeypatch.setattr(plot.plt.Figure, "savefig", lambda *args, **options: None)
+    plot.draw(runs, "terms.png", "ratio", "size", {"estimator": "median", "errorbar": ("pi", 100)}, "log")
+    figure = plot.plt.gcf()
+    panels = [axes for axes in figure.axes if axes.lines]
+    assert [axes.get_title() for axes in panels] == ["Hopper-v4\n1 seeds, 20 steps"]
+    (line,) = (line for line in panels[0].lines if len(line.get_xdata()))
+    assert [*line.get_xdata()] == [10, 20] and [*line.get_ydata()] == pytest.approx([0.5, 2])
+    (entry,) = (entry for entry in figure.legends[0].get_lines() if entry.get_label().strip())
+    assert entry.get_label() == "STSAC-AL, Gauss–Newton"
+    assert line._unscaled_dash_pattern == entry._unscaled_dash_pattern == (0, plot.DASHES[1])
+    assert {axes.get_yscale() for axes in figure.axes} == {"log"}
+    assert len({axes.get_ylim() for axes in figure.axes}) == 1
+    plot.plt.close("all")
+
+
 def test_the_committed_runs_in_the_figure():
     """MuJoCo's of AC come of the study; a role is one colour in all rows, and no experiment is without a name."""
     folder = ROOT / "benchmark" / "results"
     curves, flags = plot.read_csv(folder)
     assert {experiment for _, experiment, _ in curves} <= plot.LABELS.keys()
     runs = table_of(("CartPole-v1", "ac-m1", 1, {10: 1}))
-    runs = plot.with_study(runs, folder / "stac_ac_rates.csv")
+    runs = plot.with_study(runs, flags, folder / "stac_ac_rates.csv")
     added = runs[runs.noise == 0].groupby(["environment", "experiment"], observed=True).seed.nunique()
     names = ["ac-m80", "stac-released-m80", "stac-every-gn-m80", "ac-1.15x-m80"]
     expected = {(task, name): 5 for task in ("Hopper-v4", "Reacher-v4", "Walker2d-v4") for name in names}
     assert added.to_dict() == expected
     assert set(runs.leader[runs.experiment == "stac-every-gn-m80"]) == {"actor"}
+    mine = {name: flags["Hopper-v4", name] for name in names}
+    found = {name: [*plot.others(name, mine)] for name in names}
+    assert found["stac-released-m80"] == ["ac-m80", "ac-1.15x-m80"] and found["stac-every-gn-m80"] == ["ac-m80"]
+    assert found["ac-m80"] == found["ac-1.15x-m80"] == []
 
 
 def main(monkeypatch, capsys, *options):
