@@ -8,7 +8,7 @@ writes to the folder `plots`
   interval. A point of AC is the mean of five batches.
 - terms.png: how long the implicit term is beside the direct one, in the same panels; median, lowest and highest seed.
 - table.md, also printed: final scores and areas under the curve, how probably a Stackelberg version is better than the
-  plain one, and both terms at the end. What these are exactly, it says itself.
+  plain one and by how much, and both terms at the end. What these are exactly, it says itself.
 - curves.csv: every point of every run; flags.json: the flags of each experiment. With --add, the runs stay that are in
   these two and not in the folders.
 
@@ -313,13 +313,16 @@ def compare(tasks, environments, names, items, statistic):
     if len(environments) > 1:
         title, places = f"{len(environments)} tasks", 3
         scores = [(task - task.min()) / (task.max() - task.min()) for task in scores]
-    if statistic is improvement:
-        places = 2
     for item in items:
         samples = [task.loc[name] for task in scores for name in item]
         row = {"task": title, "steps": span(lasts), "run": " over ".join(map(label, item)), "seeds": mark(samples)}
         for column in SCORES:
-            row[column] = cell([sample[column] for sample in samples], statistic, places)
+            decimals = 2 if statistic is improvement else places
+            row[column] = cell([sample[column] for sample in samples], statistic, decimals)
+        if statistic is improvement:
+            gains = [(task.loc[item[0]] - task.loc[item[1]]).dropna() for task in scores]
+            for column in SCORES:
+                row[f"gain, {column}"] = cell([gain[column] for gain in gains], iqm, places)
         yield row
 
 
@@ -404,7 +407,9 @@ task. † fewer than {FEW} seeds: the interval is too narrow, do not rely on it.
 Probability of improvement: how often a seed of the Stackelberg version beats a seed of the plain one with the same
 other flags, of the critic as leader with these and the same λ, or of the version whose name its own extends, to the
 last step that both have come to; ties count half; 95 % bootstrap interval. 0.5: no difference. Where every seed of one
-beats every seed of the other, the interval has no width, however few the seeds.
+beats every seed of the other, the interval has no width, however few the seeds. Gain: of a seed over the same seed of
+the other, which begins with the same weights and is evaluated on the same episodes; interquartile mean, over tasks of
+the scaled scores.
 
 {table(improvements)}
 Both terms of the total derivative at the end: medians over the last tenth of a run, the lowest and the highest seed.
