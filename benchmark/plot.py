@@ -42,7 +42,7 @@ FAMILIES = {
     "DDPG": ("exploration_noise", "eval/episodic_return", "HalfCheetah-v4 Hopper-v4 Reacher-v4 Walker2d-v4"),
     "SAC": ("alpha", "eval/episodic_return", "HalfCheetah-v4 Hopper-v4 Reacher-v4 Walker2d-v4"),
 }
-LABELS = {  # of the launchers' experiments, in the order of tables and legends
+LABELS = {  # of experiments, in the order of tables and legends; "control" is drawn in grey
     "ac-m1": "AC, m = 1",
     "ac-m80": "AC, m = 80",
     "stac-released-m1": "STAC as released, m = 1",
@@ -78,7 +78,7 @@ PAIRS = [  # compared besides: STAC with AC at a higher rate, and with AC that t
 ]
 COLOURS = {"none": "#1f5fa8", "actor": "#c8262b", "critic": "#2f9440", "control": "#7a7a7a"}
 THOUSANDS = matplotlib.ticker.EngFormatter(sep="")
-DASHES = ["", (4, 1.5), (1, 1), (5, 1.5, 1, 1.5), (5, 1, 1, 1, 1, 1)]
+DASHES = ["", (4, 1.5), (1, 1), (5, 1.5, 1, 1.5), (5, 1, 1, 1, 1, 1), (8, 2), (2, 3), (8, 2, 2, 2)]
 # Flags that change no result but for rounding, and flags of the game, which plain versions do not use
 NEUTRAL = set("exp_name seed total_timesteps run_dir evaluate eval_every eval_episodes checkpoint_every".split())
 NEUTRAL |= set("save_model cuda compile track capture_video".split())
@@ -119,9 +119,11 @@ def read_model(path):
     """All flags of a finished run; None if the file is damaged or another program's."""
     try:
         model = torch.load(path, map_location="cpu", weights_only=True)
-        args, algorithm = model["args"], model["algorithm"]
-        plain = algorithm.removeprefix("st")
-        args["exp_name"] = args["exp_name"] or {"none": plain}.get(args["leader"], f"{algorithm}-{args['leader'][0]}l")
+        args = model["args"]
+        if not args["exp_name"]:
+            algorithm = model["algorithm"]
+            names = {"none": algorithm.removeprefix("st"), "actor": f"{algorithm}-al", "critic": f"{algorithm}-cl"}
+            args["exp_name"] = names[args["leader"]]
         known = {"env_id", "seed", "total_timesteps"} <= args.keys()
         return args if known and family_of(args) else None
     except Exception:  # a file can hold anything
@@ -158,7 +160,7 @@ def read_run(folder, args):
     returns = events[tag].dropna()
     implicit, direct, cosine = (events[term] for term in TERMS)
     ratio = implicit / direct.clip(lower=np.finfo(np.float32).tiny)  # a policy that has died has no gradient
-    since = np.searchsorted(returns.index, events.index)
+    since = np.searchsorted(returns.index, events.index)  # of the first return at or after each update
     terms = pd.DataFrame({"ratio": ratio, "cosine": cosine}).groupby(since).median().reindex(range(len(returns)))
     run = {"environment": args["env_id"], "experiment": args["exp_name"], "seed": args["seed"], "step": returns.index}
     return pd.DataFrame(run | {"return": returns.values}).join(terms)
@@ -168,7 +170,7 @@ def read_csv(folder):
     """What `write` has written: {(environment, experiment, seed): curve} and {(environment, experiment): flags}."""
     curves = pd.read_csv(folder / "curves.csv").groupby(KEY)
     flags = json.loads((folder / "flags.json").read_text())
-    return dict(iter(curves)), {tuple(key.split("__", 1)): mine for key, mine in flags.items()}
+    return dict(list(curves)), {tuple(key.split("__", 1)): own for key, own in flags.items()}
 
 
 def read(folders, curves, flags):
@@ -231,36 +233,48 @@ def write(runs, flags, folder):
 
 # Statistics
 def iqm(*tasks, axis=-1):
-    """Interquartile mean of all scores: without the best and the worst quarter, rounded down."""
-    return stats.trim_mean(np.concatenate(tasks, axis), 0.25, axis)
+    """Mean over tasks of the interquartile mean: without the best and the worst quarter of the scores, rounded down."""
+    return np.mean([stats.trim_mean(scores, 0.25, axis) for scores in tasks], axis=0)
 
 
 def improvement(*tasks, axis=-1):
     """P(X > Y) + P(X = Y) / 2 over all pairs of the scores X and Y of a task; mean over tasks X1, Y1, X2, Y2, …"""
     shares = []
     for x, y in zip(tasks[::2], tasks[1::2]):
-        wins = stats.mannwhitneyu(x, y, axis=axis, method="asymptotic").statistic
-        shares.append(wins / (x.shape[axis] * y.shape[axis]))
+        difference = x[..., :, None] - y[..., None, :]
+        better = np.where(difference == 0, 0.5, difference > 0)
+        shares.append(better.mean((-2, -1)))
     return np.mean(shares, axis=0)
 
 
 def interval(samples, statistic=iqm):
     """The 95 % bootstrap interval. Seeds are drawn within each sample; each call draws anew from the same seed."""
     options = {"method": "percentile", "n_resamples": 10_000, "rng": np.random.default_rng(0)}
-    with np.errstate(all="ignore"):  # of p-values that nobody asked for, where all of a draw is equal
-        return stats.bootstrap(samples, statistic, **options).confidence_interval
+    return stats.bootstrap(samples, statistic, **options).confidence_interval
+
+
+def last_steps(runs):
+    """The last step of each run, by experiment and seed."""
+    return runs.groupby(KEY[1:], observed=True).step.max()
 
 
 def score(runs, experiments):
-    """The SCORES of each run, to the last step that all have come to; and this step. Interpolates between steps."""
-    curves = runs[runs.experiment.isin(experiments)].pivot(index="step", columns=KEY[1:], values="return")
-    curves = curves.interpolate("index", limit_area="inside").dropna()
-    if curves.empty:
-        stop(f"{runs.environment.iloc[0]}: no step is common to all of {', '.join(experiments)}")
-    first, last = curves.index[[0, -1]]
-    final = curves[curves.index > 0.9 * last].mean()
-    area = integrate.trapezoid(curves, curves.index, axis=0) / (last - first) if last > first else final
-    return pd.DataFrame({SCORES[0]: final, SCORES[1]: area}), last
+    """The SCORES of each run, by experiment and seed, to the last step that all have come to; and this step."""
+    runs = runs[runs.experiment.isin(experiments)]
+    last = last_steps(runs).min()
+    scores = {}
+    for (experiment, seed), curve in runs.groupby(KEY[1:], observed=True):
+        curve = curve[curve.step <= last]
+        steps = curve.step.values
+        returns = curve["return"].values
+        late = steps > 0.9 * last
+        if not late.any():
+            stop(f"{runs.environment.iloc[0]}: {experiment}, seed {seed}, has no return shortly before step {last}")
+        final = returns[late].mean()
+        length = steps[-1] - steps[0]
+        area = integrate.trapezoid(returns, steps) / length if length else final
+        scores[experiment, seed] = final, area
+    return pd.DataFrame(scores.values(), pd.MultiIndex.from_tuples(scores), SCORES), last
 
 
 # Tables
@@ -286,13 +300,18 @@ def span(values):
 def mark(samples):
     """The number of seeds, marked where it is small."""
     seeds = [len(sample) for sample in samples]
-    return span(seeds) + " †" * (min(seeds) < FEW)
+    few = " †" if min(seeds) < FEW else ""
+    return span(seeds) + few
 
 
 def cell(samples, statistic, places):
-    """An estimate, and its interval if there is more than one seed."""
+    """An estimate, if there is a seed, and its interval, if there are several."""
+    seeds = min(map(len, samples))
+    if seeds == 0:
+        return ""
+    samples = [np.asarray(sample) for sample in samples]
     text = number(statistic(*samples), places)
-    if min(map(len, samples)) > 1:
+    if seeds > 1:
         low, high = interval(samples, statistic)
         text += f" ({number(low, places)} to {number(high, places)})"
     return text
@@ -306,82 +325,99 @@ def table(rows):
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
 
 
-def compare(tasks, environments, names, items, statistic):
-    """Rows for these tasks, to the last step that the experiments `names` have come to: one for each of `items`."""
-    scores, lasts = zip(*(score(tasks[environment], names) for environment in environments))
-    title, places = environments[0], digits(scores[0].values)
-    if len(environments) > 1:
-        title, places = f"{len(environments)} tasks", 3
-        scores = [(task - task.min()) / (task.max() - task.min()) for task in scores]
-    for item in items:
-        samples = [task.loc[name] for task in scores for name in item]
-        row = {"task": title, "steps": span(lasts), "run": " over ".join(map(label, item)), "seeds": mark(samples)}
-        for column in SCORES:
-            decimals = 2 if statistic is improvement else places
-            row[column] = cell([sample[column] for sample in samples], statistic, decimals)
-        if statistic is improvement:
-            gains = [(task.loc[item[0]] - task.loc[item[1]]).dropna() for task in scores]
-            for column in SCORES:
-                row[f"gain, {column}"] = cell([gain[column] for gain in gains], iqm, places)
-        yield row
+def scores_of(tasks, environments, experiments):
+    """How a row of these tasks begins; the scores in each, scaled to 0 to 1 if there are several; their decimals."""
+    scores, lasts = zip(*(score(tasks[environment], experiments) for environment in environments))
+    if len(environments) == 1:
+        return {"task": environments[0], "steps": span(lasts)}, scores, digits(scores[0].values)
+    scaled = []
+    for task in scores:
+        width = (task.max() - task.min()).replace(0, 1)  # all the same: all 0
+        scaled.append((task - task.min()) / width)
+    return {"task": f"{len(environments)} tasks", "steps": span(lasts)}, scaled, 3
+
+
+def score_row(start, scores, places, name):
+    samples = [task.loc[name] for task in scores]
+    row = start | {"run": label(name), "seeds": mark(samples)}
+    for column in SCORES:
+        row[column] = cell([sample[column] for sample in samples], iqm, places)
+    return row
+
+
+def pair_row(start, scores, places, name, other):
+    samples = [task.loc[experiment] for task in scores for experiment in (name, other)]
+    gains = [(task.loc[name] - task.loc[other]).dropna() for task in scores]  # of the seeds that both have
+    row = start | {"run": f"{label(name)} over {label(other)}", "seeds": mark([*samples, *gains])}
+    for column in SCORES:
+        row[column] = cell([sample[column] for sample in samples], improvement, 2)
+    for column in SCORES:
+        row[f"gain, {column}"] = cell([gain[column] for gain in gains], iqm, places)
+    return row
 
 
 def score_rows(tasks):
     """The scores on each task at each step where an experiment ends; over all tasks, of the experiments in each."""
+    common = None
     for environment, runs in tasks.items():
-        ends = runs.groupby(KEY[1:], observed=True).step.max().groupby("experiment", observed=True).min()
+        ends = last_steps(runs).groupby("experiment", observed=True).min()
         for end in sorted(set(ends)):
             names = ends.index[ends >= end]
-            yield from compare(tasks, [environment], names, zip(names), iqm)
-    common = [name for name in ends.index if all((runs.experiment == name).any() for runs in tasks.values())]
+            start = scores_of(tasks, [environment], names)
+            yield from (score_row(*start, name) for name in names)
+        common = [name for name in ends.index if common is None or name in common]
     if len(tasks) > 1 and len(common) > 1:
-        yield from compare(tasks, [*tasks], common, zip(common), iqm)
+        start = scores_of(tasks, [*tasks], common)
+        yield from (score_row(*start, name) for name in common)
 
 
 def others(name, flags):
-    """What a Stackelberg version of a task is held against.
+    """What an experiment of a task is held against.
 
-    The plain one with the same other flags, the critic as leader with these and the same lam, its base, and PAIRS.
+    A Stackelberg version: the plain one with the same other flags. The actor as leader: also the critic as leader with
+    these and the same lam. All: the one whose name its own extends, and PAIRS.
     """
-    mine = flags[name]
-    if mine["leader"] == "none":
-        return
-    rivals = {"none": GAME}  # a leader, and the flags that may differ
-    if mine["leader"] == "actor":
+    own = flags[name]
+    rivals = {}  # their leader, and the flags that may differ
+    if own["leader"] != "none":
+        rivals["none"] = GAME
+    if own["leader"] == "actor":
         rivals["critic"] = GAME - {"lam", "lam_decay"}
-    for leader, unused in rivals.items():
+    for leader, may_differ in rivals.items():
         for other, theirs in flags.items():
-            common = mine.keys() & theirs.keys() - unused - {"leader"}
-            if theirs["leader"] == leader and all(mine[flag] == theirs[flag] for flag in common):
+            same = (own.keys() & theirs.keys()) - may_differ - {"leader"}
+            if theirs["leader"] == leader and all(own[flag] == theirs[flag] for flag in same):
                 yield other
                 break
     yield from sorted((other for other in flags if name.startswith(f"{other}-")), key=len)[-1:]
-    yield from (other for pair, other in PAIRS if pair == name and other in flags)
+    yield from (other for first, other in PAIRS if first == name and other in flags)
 
 
-def improvement_rows(tasks, flags):
+def pair_rows(tasks, flags):
     """Each pair on each task that has it, and over these tasks."""
     pairs = {}
     for environment, runs in tasks.items():
-        mine = {name: flags[environment, name] for name in runs.experiment.unique()}
-        for name in mine:
-            for other in dict.fromkeys(others(name, mine)):
+        of_task = {name: flags[environment, name] for name in runs.experiment.unique()}
+        for name in of_task:
+            for other in dict.fromkeys(others(name, of_task)):
                 pairs.setdefault((name, other), []).append(environment)
     for pair, environments in pairs.items():
         for environment in environments:
-            yield from compare(tasks, [environment], pair, [pair], improvement)
+            yield pair_row(*scores_of(tasks, [environment], pair), *pair)
         if len(environments) > 1:
-            yield from compare(tasks, environments, pair, [pair], improvement)
+            yield pair_row(*scores_of(tasks, environments, pair), *pair)
 
 
 def term_rows(tasks):
     """Both terms at the end: of each run the medians in the last tenth of its steps, the lowest and the highest."""
     for environment, runs in tasks.items():
-        last = runs.groupby(KEY[1:], observed=True).step.transform("max")
-        runs = runs[runs.step > 0.9 * last].dropna().groupby(KEY[1:], observed=True)[["ratio", "cosine"]].median()
+        lasts = last_steps(runs)
+        ends = runs.groupby(KEY[1:], observed=True).step.transform("max")
+        runs = runs[runs.step > 0.9 * ends].dropna().groupby(KEY[1:], observed=True)[["ratio", "cosine"]].median()
         for name, medians in runs.groupby("experiment", observed=True):
-            low, high = medians.min(), medians.max()
-            row = {"task": environment, "version": label(name), "seeds": mark([medians])}
+            low = medians.min()
+            high = medians.max()
+            row = {"task": environment, "steps": span(lasts[name]), "version": label(name), "seeds": mark([medians])}
             for key, title in (("ratio", "implicit / direct"), ("cosine", "cosine")):
                 row[title] = f"{low[key]:.2g} to {high[key]:.2g}".replace("-", "−")
             yield row
@@ -389,29 +425,30 @@ def term_rows(tasks):
 
 def report(runs, flags):
     """The text of table.md."""
-    scores, improvements, terms = [], [], []
-    for _, mine in runs.groupby("family"):
-        tasks = dict(iter(mine.groupby("environment")))
+    scores, pairs, terms = [], [], []
+    for _, of_family in runs.groupby("family"):
+        tasks = dict(list(of_family.groupby("environment")))
         scores += score_rows(tasks)
-        improvements += improvement_rows(tasks, flags)
+        pairs += pair_rows(tasks, flags)
         terms += term_rows(tasks)
     return f"""\
-Interquartile mean over seeds (without the best and the worst quarter, rounded down) and its 95 % bootstrap interval.
-Steps: a task has a row for each step at which one of its experiments ends, and each experiment that has come to it; no
-later point counts. Final score: mean of a run's returns in the last tenth of these steps. Area under the curve: mean
-return over these steps (trapezoid rule). Over tasks: the experiments made in each of them, to the last step that they
-have in common there; each score scaled to 0 (the worst run of the task) to 1 (the best); seeds are drawn within each
-task. † fewer than {FEW} seeds: the interval is too narrow, do not rely on it.
+Interquartile mean over seeds (without the best and the worst quarter, rounded down: of three seeds all, of five the
+middle three) and its 95 % bootstrap interval. Steps: a task has a row for each step at which one of its experiments
+ends, and each experiment that has come to it; no later point counts. Final score: mean of a run's returns in the last
+tenth of these steps, which of stddpg.py and stsac.py can be one or two evaluations. Area under the curve: mean return
+over these steps (trapezoid rule). Over tasks: the experiments made in each of them, to the last step that they have in
+common there; each score scaled to 0 (the worst of these runs of the task) to 1 (the best); mean over the tasks; seeds
+are drawn within each task. † fewer than {FEW} seeds: the interval is too narrow, do not rely on it.
 
 {table(scores)}
 Probability of improvement: how often a seed of the Stackelberg version beats a seed of the plain one with the same
 other flags, of the critic as leader with these and the same λ, or of the version whose name its own extends, to the
 last step that both have come to; ties count half; 95 % bootstrap interval. 0.5: no difference. Where every seed of one
 beats every seed of the other, the interval has no width, however few the seeds. Gain: of a seed over the same seed of
-the other, which begins with the same weights and is evaluated on the same episodes; interquartile mean, over tasks of
-the scaled scores.
+the other, which begins with the same weights, and of stddpg.py and stsac.py is evaluated on the same episodes;
+interquartile mean, over tasks as above. Of so many intervals one in twenty misses its number by chance.
 
-{table(improvements)}
+{table(pairs)}
 Both terms of the total derivative at the end: medians over the last tenth of a run, the lowest and the highest seed.
 
 {table(terms)}"""
@@ -434,12 +471,15 @@ def band(returns):
     return interval([returns.values])
 
 
+LINES = {"estimator": iqm, "errorbar": band}  # how seaborn draws returns
+
+
 def draw_panel(ax, runs, style, value, how):
     """One task: a curve for each experiment, and how many seeds and steps stand behind it."""
-    ends = runs.groupby(KEY[1:], observed=True).step.max().groupby("experiment", observed=True).agg(["min", "size"])
+    ends = last_steps(runs).groupby("experiment", observed=True).agg(["min", "size"])
     title = f"{span(ends['size'])} seeds, {' to '.join(map(THOUSANDS, sorted(set(ends['min']))))} steps"
     if runs.family.iloc[0] == "AC":
-        title += f", noise {runs.noise.max():g}"
+        title += ", noise " + " and ".join(f"{noise:g}" for noise in sorted(set(runs.noise)))
         runs = runs.assign(step=np.ceil(runs.step / AC_STEPS) * AC_STEPS)
         runs = runs.groupby([*KEY, "step"], as_index=False, observed=True)[value].mean()
     sns.lineplot(runs, x="step", y=value, ax=ax, legend=False, lw=1.2, **how, **style)
@@ -460,20 +500,22 @@ def draw(runs, path, value, name, how, scale="linear"):
     figure, grid = plt.subplots(len(tasks), columns, figsize=(2.75 * columns, 9), **together)
     legend = []
     for axes, family in zip(grid, tasks):
-        mine = runs[runs.family == family]
-        style = styles(mine)
-        mine = mine.dropna(subset=value)
+        of_family = runs[runs.family == family]
+        style = styles(of_family)
+        of_family = of_family.dropna(subset=value)
         for ax, task in zip(axes, tasks[family]):
-            if task in set(mine.environment):
-                draw_panel(ax, mine[mine.environment == task], style, value, how)
+            if task in set(of_family.environment):
+                draw_panel(ax, of_family[of_family.environment == task], style, value, how)
             else:
                 ax.text(0.5, 0.5, "no data", ha="center", transform=ax.transAxes, color="grey")
                 ax.set_title(task, fontsize=9)
                 ax.tick_params(which="both", bottom=False, labelbottom=False, left=False, labelleft=False)
             ax.set(xlabel="", ylabel="", yscale=scale)
+        for ax in axes[len(tasks[family]) :]:
+            ax.set_axis_off()
         axes[0].set_ylabel(f"{family}: {name}")
         for line, colour in style["palette"].items():
-            if line in set(mine.experiment):
+            if line in set(of_family.experiment):
                 dashes = style["dashes"][line] or (1, 0)
                 legend.append(plt.Line2D([], [], color=colour, dashes=dashes, label=label(line)))
         legend += [plt.Line2D([], [], alpha=0, label=" ")] * (-len(legend) % 5)  # a new column
@@ -486,24 +528,26 @@ def draw(runs, path, value, name, how, scale="linear"):
 
 def main():
     args = tyro.cli(Args, description=__doc__)
-    curves, flags = read_csv(args.out) if args.add else ({}, {})
+    curves, flags = {}, {}
+    if args.add and (args.out / "curves.csv").exists():
+        curves, flags = read_csv(args.out)
     read(args.folders, curves, flags)
     if not curves:
         stop(f"no finished run in {', '.join(map(str, args.folders))}")
     runs = pd.concat(curves.values(), ignore_index=True)
-    mine = [flags[key] for key in zip(runs.environment, runs.experiment)]
-    runs["family"] = [family_of(flags) for flags in mine]
-    runs["leader"] = [flags["leader"] for flags in mine]
-    runs["noise"] = [float(flags.get("grad_noise", 0)) for flags in mine]
+    run_flags = [flags[key] for key in zip(runs.environment, runs.experiment)]
+    runs["family"] = [family_of(own) for own in run_flags]
+    runs["leader"] = [own["leader"] for own in run_flags]
+    runs["noise"] = [float(own.get("grad_noise", 0)) for own in run_flags]
     runs = in_order(runs)
     args.out.mkdir(parents=True, exist_ok=True)
     write(runs, flags, args.out)
-    if args.add and (args.out / "stac_ac_rates.csv").exists():
+    if (args.out / "stac_ac_rates.csv").exists():  # only now: it stays out of curves.csv
         runs = with_study(runs, flags, args.out / "stac_ac_rates.csv")
     text = report(runs, flags)
     (args.out / "table.md").write_text(text)
     print(text)
-    draw(runs, args.out / "figure3.png", "return", "return", {"estimator": iqm, "errorbar": band})
+    draw(runs, args.out / "figure3.png", "return", "return", LINES)
     if runs.ratio.notna().any():
         middle = {"estimator": "median", "errorbar": ("pi", 100)}
         draw(runs, args.out / "terms.png", "ratio", "|implicit| / |direct|", middle, "log")

@@ -7,7 +7,7 @@ The commands are in results/README.md. Beside it are written
 
 - stac_ac_rates.md, also printed: the score of each arm at each rate, and the comparison at the best one;
 - stac_ac_rates.png: score against rate, learning curves at the best rate, and the size of the implicit term;
-  stac_ac_curves.png: the same of the tasks on which an arm has one rate only.
+  stac_ac_curves.png: the same of the tasks on which an arm has one rate only. Scores are interquartile means.
 
 An arm's best rate is that of the largest mean area under the curve over the seeds up to 10. The seeds from 11 on are
 compared, which had no part in the choice. An arm that had no choice is compared with all its seeds.
@@ -136,9 +136,9 @@ def draw(rows, runs, path):
         task = runs[runs.title == title]
         curves = rows.merge(pd.concat(best(mine)[1] for _, mine in by_arm(task))[RUN])
         areas = task[task.seed <= CHOOSING]
-        bars = {"err_style": "bars", "marker": "o", "errorbar": plot.band}
+        bars = {"err_style": "bars", "marker": "o", **plot.LINES}
         sns.lineplot(areas, x="rate", y="area", ax=top, legend=False, **bars, **style)
-        sns.lineplot(curves, x="step", y="return", errorbar=plot.band, ax=middle, legend=False, **style)
+        sns.lineplot(curves, x="step", y="return", ax=middle, legend=False, **plot.LINES, **style)
         sns.lineplot(curves, x="step", y="ratio", estimator="median", errorbar=None, ax=bottom, legend=False, **style)
         top.set(title=title, xscale="log", xlabel="actor's learning rate", ylabel="area under the curve")
         middle.set(xlabel="environment steps", ylabel="return of the batch")

@@ -471,8 +471,10 @@ def test_terms(here, capsys):
 # plot.py: statistics
 def test_interquartile_mean():
     assert plot.iqm(np.array([8.0, 1, 7, 2, 6, 3, 5, 4])) == 4.5  # 3, 4, 5, 6
-    assert plot.iqm(np.array([100.0, 1, 2]), np.array([3.0, -100])) == 2.0  # one dropped at each end
+    assert plot.iqm(np.array([100.0, 1, 2, 6, -99])) == 3.0  # one dropped at each end
     assert plot.iqm(np.array([1.0, 2, 6])) == 3.0  # a quarter of three is none
+    # a task counts as one, however many seeds it has
+    assert plot.iqm(np.array([1.0, 2, 6]), np.array([5.0])) == 4.0
 
 
 def test_probability_of_improvement():
@@ -521,14 +523,18 @@ def table_of(*runs, family="AC"):
 
 def test_runs_are_compared_at_the_steps_common_to_all():
     runs = [("E", "a", 1, {20: 2, 30: 3, 40: 4}), ("E", "a", 2, {10: 1, 20: 5, 30: 5, 40: 5})]
-    runs.append(("E", "b", 1, {10: 0, 30: 9}))  # nothing at 20
+    runs.append(("E", "b", 1, {10: 0, 30: 9}))  # nothing at 20: each run has points of its own
     scores, last = plot.score(table_of(*runs), ["a", "b"])
-    assert last == 30 and scores.loc["a"].values.tolist() == [[3, 2.5], [5, 5]]
-    assert scores.loc["b"].values.tolist() == [[9, 6.75]]  # 4.5 at 20
+    assert last == 30 and scores.loc["a"].values.tolist() == [[3, 2.5], [5, (3 * 10 + 5 * 10) / 20]]
+    assert scores.loc["b"].values.tolist() == [[9, 4.5]]
     scores, last = plot.score(table_of(*runs), ["a"])
-    assert last == 40 and scores.loc["a"].values.tolist() == [[4, 3], [5, 5]]
-    with pytest.raises(SystemExit, match="no step is common"):
-        plot.score(table_of(runs[0], ("E", "b", 1, {10: 1})), ["a", "b"])
+    assert last == 40 and scores.loc["a"].values.tolist() == [[4, 3], [5, (3 * 10 + 5 * 20) / 30]]
+    for returns in (
+        {10: 1},
+        {10: 1, 28: 3},
+    ):  # step 10: before the other begins; step 28: the other has 20, long before
+        with pytest.raises(SystemExit, match=r"E: a, seed \d, has no return shortly before step"):
+            plot.score(table_of(runs[0], ("E", "b", 1, returns)), ["a", "b"])
 
 
 def test_scores():
@@ -582,10 +588,9 @@ def test_report():
     assert scores["A-v0", "ac"][0] == "5" and scores["A-v0", "ac"][1].startswith("2.00 (")
     assert scores["A-v0", "stac-x"] == ["1 †", "99.00", "99.00"]  # one seed has no interval
     assert scores["B-v0", "stac"][0] == "3 †" and scores["B-v0", "stac"][1].startswith("4.500 (")
-    # ac: 0, 1, 2, 3, 4 of 0 to 4.5 and 3, 4, 5 of 3 to 5.5; without the best and the worst two
-    pool = sorted([*(x / 4.5 for x in range(5)), *(x / 2.5 for x in range(3))])
+    # ac: 0, 1, 2, 3, 4 of 0 to 4.5 and 3, 4, 5 of 3 to 5.5
     assert scores["2 tasks", "ac"][0] == "3 to 5 †"
-    assert scores["2 tasks", "ac"][1].startswith(f"{np.mean(pool[2:-2]):.3f} (")
+    assert scores["2 tasks", "ac"][1].startswith(f"{(2 / 4.5 + 1 / 2.5) / 2:.3f} (")
     assert ("2 tasks", "stac-x") not in scores
     improvements = {row[0]: row[3:] for row in table if row[2] == "stac over ac"}
     assert improvements["A-v0"][0] == "5" and improvements["A-v0"][1].startswith("0.60 (")  # 15 of 25 pairs
@@ -593,7 +598,18 @@ def test_report():
     assert improvements["2 tasks"][0] == "3 to 5 †" and improvements["2 tasks"][1].startswith("0.63 (")
     # each seed of stac has 0.5 more than the same seed of ac, which is 0.5 / 4.5 and 0.5 / 2.5 when scaled
     assert improvements["A-v0"][3:] == improvements["B-v0"][3:] == ["0.500 (0.500 to 0.500)"] * 2
-    assert improvements["2 tasks"][3:] == ["0.133 (0.133 to 0.133)"] * 2
+    assert improvements["2 tasks"][3:] == ["0.156 (0.156 to 0.156)"] * 2
+
+
+def test_gains_are_of_the_seeds_that_both_have():
+    """Also where all scores of a task are the same, and cannot be scaled."""
+    runs = [("A-v0", "ac", seed, {10: seed}) for seed in range(5)]
+    runs += [("A-v0", "stac", seed, {10: 2 * seed}) for seed in range(4, 9)]
+    runs += [("B-v0", name, seed, {10: 7}) for name, seeds in (("ac", (1, 2)), ("stac", (3, 4))) for seed in seeds]
+    pairs = {row[0]: row[3:] for row in report_of(*runs) if row[2] == "stac over ac"}
+    assert pairs["A-v0"][0] == "1 to 5 †" and pairs["A-v0"][3:] == ["4.00"] * 2
+    assert pairs["B-v0"] == ["0 to 2 †", "0.50 (0.50 to 0.50)", "0.50 (0.50 to 0.50)", "", ""]
+    assert pairs["2 tasks"][0] == "0 to 5 †" and pairs["2 tasks"][1].startswith("0.75 (") and pairs["2 tasks"][3] == ""
 
 
 def test_an_interval_does_not_depend_on_other_tasks():
@@ -609,6 +625,7 @@ def test_what_a_version_is_held_against():
     table = report_of(*(("E", name, seed, {10: seed}) for name in names for seed in range(2)))
     pairs = {row[2] for row in table if " over " in row[2]}
     expected = {"stac-2x over ac-2x", "stac-2x over stac", "stac-gn over stac", "stac-gn-mean over stac-gn"}
+    expected.add("ac-2x over ac")
     assert pairs == expected | {f"{name} over ac" for name in ("stac", "stac-gn", "stac-gn-mean", "stac2")}
 
 
@@ -724,8 +741,10 @@ def test_command_line(here, capsys, monkeypatch):
     write_run("ac-m1", 2, [7, 9], AC)
     out, err = main(monkeypatch, capsys, "runs", "--out", "a/b", "--add")
     assert "6 runs" in err and plot.plt.imread("a/b/terms.png").std() > 0.01
-    found = {(row[0], row[1]): row[2:] for row in rows(out)}
-    assert found["CartPole-v1", "STAC, every state, m = 1"] == ["2 †", "0.67 to 1.3", "−0.5 to −0.5"]
+    (terms,) = (
+        row for row in rows(out) if row[2] == "STAC, every state, m = 1" and len(row) == 6 and "(" not in row[4]
+    )
+    assert terms == ["CartPole-v1", "20", "STAC, every state, m = 1", "2 †", "0.67 to 1.3", "−0.5 to −0.5"]
     (ac,) = (row for row in rows(out) if row[2] == "AC, m = 1")
     assert ac[4].startswith("6.000 (")  # (3 + 9) / 2
     curves = Path("a/b/curves.csv").read_text()
