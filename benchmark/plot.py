@@ -87,6 +87,7 @@ KEY = ["environment", "experiment", "seed"]
 TERMS = ["stackelberg/implicit_norm", "stackelberg/direct_norm", "stackelberg/cosine"]
 SCORES = ["final score", "area under the curve"]
 AC_STEPS = 20_000  # of a point of AC
+LEGEND_ROWS = 6
 FEW = 5  # fewer seeds than these are marked
 
 
@@ -485,6 +486,9 @@ def draw_panel(ax, runs, style, value, how):
     sns.lineplot(runs, x="step", y=value, ax=ax, legend=False, lw=1.2, **how, **style)
     ax.set_title(f"{runs.environment.iloc[0]}\n{title}", fontsize=9)
     ax.xaxis.set_major_formatter(THOUSANDS)
+    lowest, low, highest = np.percentile(runs[value], [0, 5, 100])
+    if low - lowest > highest - low:  # a start far below all else would flatten the rest
+        ax.set_ylim(bottom=low)
 
 
 def draw(runs, path, value, name, how, scale="linear"):
@@ -504,13 +508,16 @@ def draw(runs, path, value, name, how, scale="linear"):
         style = styles(of_family)
         of_family = of_family.dropna(subset=value)
         for ax, task in zip(axes, tasks[family]):
+            ax.set_yscale(scale)
             if task in set(of_family.environment):
                 draw_panel(ax, of_family[of_family.environment == task], style, value, how)
             else:
                 ax.text(0.5, 0.5, "no data", ha="center", transform=ax.transAxes, color="grey")
                 ax.set_title(task, fontsize=9)
-                ax.tick_params(which="both", bottom=False, labelbottom=False, left=False, labelleft=False)
-            ax.set(xlabel="", ylabel="", yscale=scale)
+                ax.set_xticks([])
+                if scale == "linear":  # else the ticks are those of all panels
+                    ax.set_yticks([])
+            ax.set(xlabel="", ylabel="")
         for ax in axes[len(tasks[family]) :]:
             ax.set_axis_off()
         axes[0].set_ylabel(f"{family}: {name}")
@@ -518,10 +525,12 @@ def draw(runs, path, value, name, how, scale="linear"):
             if line in set(of_family.experiment):
                 dashes = style["dashes"][line] or (1, 0)
                 legend.append(plt.Line2D([], [], color=colour, dashes=dashes, label=label(line)))
-        legend += [plt.Line2D([], [], alpha=0, label=" ")] * (-len(legend) % 5)  # a new column
+        legend += [plt.Line2D([], [], alpha=0, label=" ")] * (-len(legend) % LEGEND_ROWS)  # a new column
     for ax in grid[-1]:
         ax.set_xlabel("environment steps")
-    figure.legend(handles=legend, ncols=len(legend) // 5, loc="outside lower center", frameon=False, fontsize=8)
+    figure.legend(
+        handles=legend, ncols=len(legend) // LEGEND_ROWS, loc="outside lower center", frameon=False, fontsize=8
+    )
     sns.despine(figure)
     figure.savefig(path, dpi=150)
 
