@@ -12,6 +12,8 @@ writes to the folder `plots`
 - curves.csv: every point of every run; flags.json: the flags of each experiment. With --add, the runs stay that are in
   these two and not in the folders.
 
+Where stac_ac_rates.csv lies in that folder, too, its runs of AC on MuJoCo are in the figures and in table.md.
+
 Returns are those that the scripts measure: of the evaluations (stddpg.py, stsac.py) or of the batches (stac_ac.py). A
 run counts if it is finished, that is, has a model.pt (--save-model), which also says what the run is.
 """
@@ -239,7 +241,10 @@ def iqm(*tasks, axis=-1):
 
 
 def improvement(*tasks, axis=-1):
-    """P(X > Y) + P(X = Y) / 2 over all pairs of the scores X and Y of a task; mean over tasks X1, Y1, X2, Y2, …"""
+    """P(X > Y) + P(X = Y) / 2 over all pairs of the scores X and Y of a task; mean over tasks X1, Y1, X2, Y2, …
+
+    axis: that of the seeds. It is the last one, also where scipy says it.
+    """
     shares = []
     for x, y in zip(tasks[::2], tasks[1::2]):
         difference = x[..., :, None] - y[..., None, :]
@@ -339,6 +344,7 @@ def scores_of(tasks, environments, experiments):
 
 
 def score_row(start, scores, places, name):
+    """An experiment's row; the first three are what scores_of returns."""
     samples = [task.loc[name] for task in scores]
     row = start | {"run": label(name), "seeds": mark(samples)}
     for column in SCORES:
@@ -347,6 +353,7 @@ def score_row(start, scores, places, name):
 
 
 def pair_row(start, scores, places, name, other):
+    """An experiment held against another; the first three are what scores_of returns."""
     samples = [task.loc[experiment] for task in scores for experiment in (name, other)]
     gains = [(task.loc[name] - task.loc[other]).dropna() for task in scores]  # of the seeds that both have
     row = start | {"run": f"{label(name)} over {label(other)}", "seeds": mark([*samples, *gains])}
@@ -443,11 +450,12 @@ are drawn within each task. † fewer than {FEW} seeds: the interval is too narr
 
 {table(scores)}
 Probability of improvement: how often a seed of the Stackelberg version beats a seed of the plain one with the same
-other flags, of the critic as leader with these and the same λ, or of the version whose name its own extends, to the
-last step that both have come to; ties count half; 95 % bootstrap interval. 0.5: no difference. Where every seed of one
-beats every seed of the other, the interval has no width, however few the seeds. Gain: of a seed over the same seed of
-the other, which begins with the same weights, and of stddpg.py and stsac.py is evaluated on the same episodes;
-interquartile mean, over tasks as above. Of so many intervals one in twenty misses its number by chance.
+other flags, of the critic as leader with these and the same λ, of the version whose name its own extends, or, for STAC,
+of AC at a higher rate or with more critic steps, to the last step that both have come to; ties count half; 95 %
+bootstrap interval. 0.5: no difference. Where every seed of one beats every seed of the other, the interval has no
+width, however few the seeds. Gain: of a seed over the same seed of the other, which begins with the same weights, and
+of stddpg.py and stsac.py is evaluated on the same episodes; interquartile mean, over tasks as above. Of so many
+intervals one in twenty misses its number by chance.
 
 {table(pairs)}
 Both terms of the total derivative at the end: medians over the last tenth of a run, the lowest and the highest seed.

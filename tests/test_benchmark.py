@@ -677,6 +677,19 @@ def test_figure(here, monkeypatch):
     plot.plt.close("all")
 
 
+def test_a_start_far_below_all_else_is_cut_off(here, monkeypatch):
+    """Not so where returns rise all the time."""
+    steep = {10: -1000.0, **{10 * i: float(i) for i in range(2, 31)}}
+    runs = table_of(
+        ("Reacher-v4", "sac", 1, steep), ("Hopper-v4", "sac", 1, {10 * i: 50.0 * i for i in range(31)}), family="SAC"
+    )
+    monkeypatch.setattr(plot.plt.Figure, "savefig", lambda *args, **options: None)
+    plot.draw(runs, "figure3.png", "return", "return", plot.LINES)
+    bottoms = {axes.get_title().split()[0]: axes.get_ylim()[0] for axes in plot.plt.gcf().axes if axes.lines}
+    assert 0 < bottoms["Reacher-v4"] < 5 and bottoms["Hopper-v4"] <= 0
+    plot.plt.close("all")
+
+
 def test_figure_of_terms(here, monkeypatch):
     """Only versions that have both terms, with the dashes that they have among all, and one scale for all panels."""
     runs = table_of(
