@@ -1033,8 +1033,10 @@ def training_loop(run_dir, algorithm, args):
     gradients = player_gradients
     if args.compile:
         torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad inside a compiled function
-        # "fallback_random": noise from torch's generator, as without --compile
-        gradients = torch.compile(player_gradients, fullgraph=True, options={"fallback_random": True})
+        # "fallback_random": noise from torch's generator, as without --compile. A CUDA graph starts all kernels of an
+        # update at once. Trap: the next update overwrites what this one has returned, so clone what you keep
+        options = {"fallback_random": True, "triton.cudagraphs": device.type == "cuda"}
+        gradients = torch.compile(player_gradients, fullgraph=True, options=options)
     if args.track:
         import wandb
 

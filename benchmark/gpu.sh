@@ -6,17 +6,19 @@
 # WHEELS: a folder with the wheels that the machine lacks, beside its own PyTorch with CUDA. For Python 3.12 on Linux:
 #     python -m pip download --dest WHEELS --only-binary :all: --no-deps --python-version 3.12 \
 #         --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 --platform manylinux2014_x86_64 \
-#         gymnasium mujoco tyro tensorboard tensorboard-data-server tqdm stable-baselines3 pytest farama-notifications \
-#         docstring-parser shtab typeguard glfw pyopengl etils absl-py cloudpickle markdown grpcio protobuf werkzeug \
-#         iniconfig pluggy pygments rich markdown-it-py mdurl markupsafe packaging typing-extensions imageio pillow zipp \
-#         importlib-resources fsspec pandas python-dateutil matplotlib contourpy cycler fonttools kiwisolver pyparsing six
-# (none for a machine that has all: WHEELS is then an empty folder). OUT: a folder for the results; docs/gpu.md says what
-# they mean. Each part has its own time limit, and one that fails does not stop the next: OUT/summary.txt says how each ended.
+#         gymnasium mujoco==4.0.0 mujoco-core==4.0.0 tyro stable-baselines3 farama-notifications docstring-parser shtab \
+#         typeguard glfw pyopengl imageio importlib-resources cloudpickle etils absl-py packaging
+# and, unless it has them, numpy tensorboard tensorboard-data-server protobuf grpcio werkzeug markupsafe markdown
+# typing-extensions tqdm pillow; for its tests pytest iniconfig pluggy pygments; for Stable-Baselines3 pandas python-dateutil six
+# matplotlib contourpy cycler fonttools kiwisolver pyparsing. (None for a machine that has all: WHEELS is then an
+# empty folder.) OUT: a folder for the results; docs/gpu.md says what they mean. Each part has its own time limit, and one
+# that fails does not stop the next: OUT/summary.txt says how each ended.
 #
-# DEVICE=cpu runs all of it on a CPU, as far as that goes; UPDATES, ROUNDS and STEPS make it shorter, as in tests/test_throughput.py.
+# DEVICE=cpu runs all of it on a CPU, as far as that goes; UPDATES, ROUNDS and STEPS make it shorter, as in
+# tests/test_throughput.py. PYTEST_FLAGS="-n 8": the tests in eight processes, if the machine has pytest-xdist.
 set -u
 [ $# -eq 2 ] || { echo "usage: benchmark/gpu.sh WHEELS OUT" >&2; exit 2; }
-: "${DEVICE=cuda}" "${UPDATES=200}" "${ROUNDS=3}" "${STEPS=3000}" "${PYTHON=python3}"
+: "${DEVICE=cuda}" "${UPDATES=60}" "${ROUNDS=3}" "${STEPS=3000}" "${PYTHON=python3}"
 wheels=$(cd "$1" && pwd) || exit
 mkdir -p "$2" || exit
 out=$(cd "$2" && pwd)
@@ -40,13 +42,13 @@ part() {
   echo "$name: exit code $? at $(($(date +%s) - begin)) s" | tee -a "$out/summary.txt"
 }
 
-# The scripts' checkpoint after a minute, as a run's state is what an update's cost depends on: its name, script, flags.
-checkpoint() {
+# A short run of a script, whose checkpoint and speed are looked at: its name, script, flags.
+train() {
   name=$1
   script=$2
   shift 2
-  part "checkpoint-$name" 60 "$PYTHON" "$script.py" --env-id Walker2d-v4 --leader none --total-timesteps "$STEPS" \
-    --start-steps 1000 --eval-every "$STEPS" --eval-episodes 1 --run-dir "$out/$name" $cuda "$@"
+  part "train-$name" 90 "$PYTHON" "$script.py" --env-id Walker2d-v4 --total-timesteps "$STEPS" --start-steps 1000 \
+    --eval-every "$STEPS" --eval-episodes 1 --run-dir "$out/$name" "$@"
 }
 
 # Updates per second: the name of the table, its time limit, flags of throughput.py.
@@ -57,47 +59,70 @@ throughput() {
   part "$name" "$limit" "$PYTHON" benchmark/throughput.py --updates "$UPDATES" --rounds "$ROUNDS" "$@"
 }
 
+# Steps a second of whole runs, over the second half of the steps, from what TensorBoard got: their folders.
+steps_per_second='
+import sys
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+for folder in sys.argv[1:]:
+    run = EventAccumulator(folder).Reload()
+    events = run.Scalars("charts/SPS") if "charts/SPS" in run.Tags()["scalars"] else []
+    if len(events) < 2:
+        print(f"{folder}: not far enough")
+        continue
+    begin, end = events[(len(events) - 1) // 2], events[-1]
+    print(f"{folder}: {(end.step - begin.step) / (end.wall_time - begin.wall_time):.0f} steps a second")
+'
+
 if [ -n "$(ls "$wheels")" ]; then
-  "$PYTHON" -m venv --system-site-packages "$out/venv" || exit
-  PYTHON=$out/venv/bin/python
-  part install 60 "$PYTHON" -m pip install --no-index --no-deps "$wheels"/*.whl
+  part install 60 "$PYTHON" -m pip install --no-index --no-deps --no-compile --target "$out/site" "$wheels"/*.whl
+  export PYTHONPATH="$out/site${PYTHONPATH+:$PYTHONPATH}"
 fi
 part machine 30 "$PYTHON" -m torch.utils.collect_env
 
 # 1. What has to hold on a GPU
-GPU_TEST_DEVICE=$DEVICE part tests 150 "$PYTHON" -m pytest -q -rs tests/test_gpu.py ${PYTEST_FLAGS-}
+GPU_TEST_DEVICE=$DEVICE part tests 150 "$PYTHON" -m pytest -v -rs tests/test_gpu.py ${PYTEST_FLAGS-}
 
-# 2. Updates per second, the most telling first
+# 2. Updates per second, the most telling first. A run's state is what an update's cost depends on
 walker=$out/sac/checkpoint.pt
 wide=$out/sac-1024/checkpoint.pt
-checkpoint sac stsac
-throughput eager 60 "$walker" $cuda --no-compile --sb3
-throughput cuda-graphs 90 "$walker" $cuda --no-eager --no-compile --cuda-graphs --only none "actor, Gauss-Newton" "critic"
-throughput compiled 60 "$walker" $cuda --no-eager --only none "actor, Gauss-Newton"
-throughput cpu 40 "$walker" --no-compile --only none "actor, Gauss-Newton" "actor, Hessian, preconditioned"
-checkpoint sac-1024 stsac --hidden 1024 1024
-throughput wide 40 "$wide" $cuda --no-compile --batch-size 1024 --sb3
-throughput wide-cuda-graphs 60 "$wide" $cuda --no-eager --no-compile --cuda-graphs --batch-size 1024 \
-  --only none "actor, Gauss-Newton"
-throughput wide-cpu 30 "$wide" --no-compile --batch-size 1024 --only none "actor, Gauss-Newton"
-throughput batch-1024 20 "$walker" $cuda --no-compile --batch-size 1024
-throughput wide-batch-100 20 "$wide" $cuda --no-compile
+train sac stsac --leader none $cuda
+throughput eager 100 "$walker" $cuda --no-compile --sb3
+throughput modes 120 "$walker" $cuda --cuda-graphs --only none "actor, Gauss-Newton"
+throughput cpu 40 "$walker" --no-compile --only none "actor, Gauss-Newton"
+train sac-1024 stsac --leader none $cuda --hidden 1024 1024
+throughput wide 40 "$wide" $cuda --no-compile --batch-size 1024 --sb3 --only none "actor, Gauss-Newton"
+throughput wide-cpu 60 "$wide" --no-compile --batch-size 1024 --only none "actor, Gauss-Newton" --updates 3
 
-# 3. Where the time goes
+# 3. Steps per second of whole runs: what a user meets
+for leader in none actor; do
+  train "cpu-$leader" stsac --leader "$leader" --curvature gauss-newton --no-cuda &
+  train "cpu-compiled-$leader" stsac --leader "$leader" --curvature gauss-newton --no-cuda --compile &
+done
+train actor stsac --leader actor --curvature gauss-newton $cuda
+train compiled-none stsac --leader none $cuda --compile
+train compiled-actor stsac --leader actor --curvature gauss-newton $cuda --compile
+wait
+part steps 30 "$PYTHON" -c "$steps_per_second" "$out/sac" "$out/actor" "$out"/compiled-* "$out"/cpu-*
+
+# 4. The contestants that take longer to compile
+throughput wide-modes 60 "$wide" $cuda --no-eager --cuda-graphs --batch-size 1024 --only none "actor, Gauss-Newton"
+throughput modes-hessian 90 "$walker" $cuda --no-compile --cuda-graphs --only none "actor, Hessian, preconditioned" critic
+
+# 5. Where the time goes; larger batches, wider networks
 part profile 60 "$PYTHON" benchmark/throughput.py "$walker" $cuda --no-compile --updates 20 --rounds 1 \
   --only none "actor, Gauss-Newton" --profile "$out/profile-tables.txt"
+throughput batch-1024 30 "$walker" $cuda --no-compile --batch-size 1024 --only none "actor, Gauss-Newton"
+throughput wide-batch-100 30 "$wide" $cuda --no-compile --only none "actor, Gauss-Newton"
 
-# Then the contestants that take long to compile
-throughput compiled-hessian 70 "$walker" $cuda --no-eager --cuda-graphs --only none "actor, Hessian, preconditioned" critic
-throughput compiled-plain 90 "$walker" $cuda --no-eager --cuda-graphs --only none "actor, Hessian, plain, 10 products"
-
-# 4. Seeds side by side, while there is time
+# 6. Seeds side by side
 for seeds in 1 2 4 8; do
-  [ $(($(date +%s) - begin)) -lt 500 ] || break
   for seed in $(seq "$seeds"); do
-    throughput "seeds-$seeds-$seed" 25 "$walker" $cuda --no-compile --only none "actor, Gauss-Newton" &
+    throughput "seeds-$seeds-$seed" 30 "$walker" $cuda --no-compile --only none &
   done
   wait
 done
-rm -rf "$out/venv" "$out/sac" "$out/sac-1024"
+
+# 7. What takes longest to compile
+throughput modes-plain 90 "$walker" $cuda --cuda-graphs --only none "actor, Hessian, plain, 10 products"
+rm -rf "$out/site" "$out"/sac* "$out/actor" "$out"/compiled-* "$out"/cpu-*
 echo "done after $(($(date +%s) - begin)) s: $out"

@@ -6,8 +6,8 @@
 
 What a Stackelberg update costs depends on the state of training, so every contestant starts from one checkpoint and
 draws its batches from the replay buffer in it. An update is what `train` does at a step: it draws a batch, calls
-`stackelberg_update` and looks at the losses. The contestants take turns, because a machine's speed drifts; the first
-round is not counted. The table has medians and ranges over the rounds; a ratio is the median of the rounds' ratios.
+`stackelberg_update` and looks at the losses. The contestants take turns, because a machine's speed drifts; a first
+turn of each is not counted. The table has medians and ranges over the rounds; a ratio is the median of the rounds'.
 """
 
 import importlib.util
@@ -103,7 +103,7 @@ def training_update(script, state, flags, mode, args):
         )
         if not (f_actor + f_critic).isfinite():  # `train` looks as well, so a GPU waits here
             raise SystemExit("throughput.py: error: a loss is not finite")
-        return info.get("iterations", torch.tensor(torch.nan))
+        return info.get("iterations", torch.tensor(torch.nan)).clone()  # a CUDA graph overwrites what it returned
 
     return update
 
@@ -149,13 +149,13 @@ def contestants(args):
             for path, version, folder in versions:  # two versions of one contestant one after the other
                 if args.only and name not in args.only:
                     continue
-                state = torch.load(path, weights_only=True)
+                state = torch.load(path, map_location="cpu", weights_only=True)
                 script = load_script(state["algorithm"], folder)
                 flags_of_mode = flags if mode == "eager" else flags | compiled_flags
                 update = training_update(script, state, flags_of_mode, mode, args)
                 found.append(Contestant(state["algorithm"] + version, name, mode, update))
     for path in args.checkpoints if args.sb3 else ():
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         try:
             update = stable_baselines_update(state, args)
         except ImportError as e:
@@ -221,16 +221,16 @@ def main():
     found = []
     for contestant in contestants(args):
         try:
-            contestant.update()
+            turn(contestant, args)  # compiles, and fills caches
             found.append(contestant)
         except Exception as e:  # one that fails does not take the others along
             print(
                 f"{contestant.script}, {contestant.name}, {contestant.mode}: {type(e).__name__}: {e}", file=sys.stderr
             )
     results = []
-    for _ in range(args.rounds + 1):
+    for _ in range(args.rounds):
         results.append([turn(contestant, args) for contestant in found])
-    speed, iterations = np.array(results[1:]).transpose(2, 0, 1)
+    speed, iterations = np.array(results).transpose(2, 0, 1)
     print_table(found, speed, iterations, args)
     if args.profile is not None:
         print_profiles(found, args)

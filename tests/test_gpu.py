@@ -147,21 +147,24 @@ def test_solver_is_that_of_the_cpu(name, preconditioned, monkeypatch):
         assert other[2] == found[0][2]
 
 
+@pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("name", PLAYERS)
 @pytest.mark.parametrize("script", [stddpg, stsac])
-def test_compiled_update_never_waits_for_the_host(script, name):
+def test_compiled_update_never_waits_for_the_host(script, name, graphs):
     """CUDA raises where a value is read back to the host."""
     args = script.Args(**PLAYERS[name], cg_iters=2)
     nets, batch = game(script, DEVICE)
     optimizers = [torch.optim.Adam(net.parameters(), lr=1e-3, fused=True) for net in nets[:2]]
     torch._dynamo.reset()
     torch._dynamo.config.trace_autograd_ops = True
-    gradients = torch.compile(script.player_gradients, fullgraph=True, options={"fallback_random": True})
+    options = {"fallback_random": True, "triton.cudagraphs": graphs}
+    gradients = torch.compile(script.player_gradients, fullgraph=True, options=options)
 
     def update():
         return script.stackelberg_update(nets, optimizers, [batch], *coefficients(script, DEVICE), args, gradients)
 
-    update()  # compiles
+    for _ in range(3):  # compiles, and records the graph
+        update()
     if DEVICE == "cuda":
         torch.cuda.set_sync_debug_mode("error")
     try:
@@ -170,6 +173,27 @@ def test_compiled_update_never_waits_for_the_host(script, name):
         if DEVICE == "cuda":
             torch.cuda.set_sync_debug_mode("default")
     assert torch.isfinite(f_actor + f_critic)
+
+
+@pytest.mark.parametrize("name", ["none", "gauss-newton"])
+@pytest.mark.parametrize("script", [stddpg, stsac])
+def test_cuda_graphs_change_no_number(script, name):
+    """Parameters after some updates, compiled with and without: a graph that reads old memory would show."""
+    args = script.Args(**PLAYERS[name], cg_iters=2)
+    found = []
+    for graphs in (False, True):
+        nets, batch = game(script, DEVICE)
+        optimizers = [torch.optim.Adam(net.parameters(), lr=1e-3, fused=True) for net in nets[:2]]
+        torch._dynamo.reset()
+        torch._dynamo.config.trace_autograd_ops = True
+        options = {"fallback_random": True, "triton.cudagraphs": graphs}
+        gradients = torch.compile(script.player_gradients, fullgraph=True, options=options)
+        torch.manual_seed(5)
+        for k in range(10):
+            half = script.Batch(*(column[k : k + 16].clone() for column in batch))  # another one each time
+            script.stackelberg_update(nets, optimizers, [half], *coefficients(script, DEVICE), args, gradients)
+        found.append(script.flatten([p for net in nets[:2] for p in net.parameters()]).detach())
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("script", ["stddpg", "stsac", "stac_ac"])
@@ -183,7 +207,7 @@ def test_a_killed_run_is_carried_on_bit_for_bit(script, tmp_path):
     cuda = "--cuda" if DEVICE == "cuda" else "--no-cuda"
     line = [sys.executable, ROOT / f"{script}.py", "--env-id", "point_env:Point-v0", "--save-model", cuda]
     line += flags[script].split()
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}"}
     whole = [*line, "--run-dir", tmp_path / "whole"]
     subprocess.run(whole, env=environment, check=True)
     parts = [*line, "--run-dir", tmp_path / "parts"]

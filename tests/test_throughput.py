@@ -114,7 +114,7 @@ def test_commands_of_the_gpu_script(tmp_path):
             parsed += 1
             if program[1] == "throughput.py":
                 assert set(args.only) <= throughput.CONTESTANTS.keys()
-    assert parsed == 2 + 11 + 1 + 15
+    assert parsed == 9 + 11 + 15  # runs, tables, seeds
     summary = (tmp_path / "out/summary.txt").read_text()
     assert summary.count("exit code 0") == len(summary.splitlines())
 
