@@ -14,18 +14,23 @@
 # empty folder.) OUT: a folder for the results; docs/gpu.md says what they mean. Each part has its own time limit, and one
 # that fails does not stop the next: OUT/summary.txt says how each ended.
 #
-# DEVICE=cpu runs all of it on a CPU, as far as that goes; UPDATES, ROUNDS and STEPS make it shorter, as in
-# tests/test_throughput.py. PYTEST_FLAGS="-n 8": the tests in eight processes, if the machine has pytest-xdist.
+# PYTEST_FLAGS="-n 8" runs the tests in eight processes (pytest-xdist, execnet), and in three minutes all of them. DEVICE=cpu
+# runs all of it on a CPU, as far as that goes; UPDATES, ROUNDS and STEPS make it shorter, as in tests/test_throughput.py.
 set -u
 [ $# -eq 2 ] || { echo "usage: benchmark/gpu.sh WHEELS OUT" >&2; exit 2; }
 : "${DEVICE=cuda}" "${UPDATES=60}" "${ROUNDS=3}" "${STEPS=3000}" "${PYTHON=python3}"
 wheels=$(cd "$1" && pwd) || exit
 mkdir -p "$2" || exit
+[ -z "$(ls "$2")" ] || { echo "gpu.sh: error: $2 is not empty" >&2; exit 1; }
 out=$(cd "$2" && pwd)
 cd "$(dirname "$0")/.." || exit
 cuda=--cuda
 [ "$DEVICE" = cuda ] || cuda=--no-cuda
 export OMP_NUM_THREADS=1
+if [ "$DEVICE" = cuda ] && ! "$PYTHON" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
+  echo "gpu.sh: error: PyTorch sees no GPU here (DEVICE=cpu does without)" >&2
+  exit 1
+fi
 begin=$(date +%s)
 
 # A part of the work: its name, its time limit in seconds, its command. What it prints is OUT/name.txt. Nine minutes in all.
@@ -80,7 +85,7 @@ fi
 part machine 30 "$PYTHON" -m torch.utils.collect_env
 
 # 1. What has to hold on a GPU
-GPU_TEST_DEVICE=$DEVICE part tests 150 "$PYTHON" -m pytest -v -rs tests/test_gpu.py ${PYTEST_FLAGS-}
+GPU_TEST_DEVICE=$DEVICE part tests 180 "$PYTHON" -m pytest -v -rs tests/test_gpu.py ${PYTEST_FLAGS-}
 
 # 2. Updates per second, the most telling first. A run's state is what an update's cost depends on
 walker=$out/sac/checkpoint.pt
@@ -93,14 +98,14 @@ train sac-1024 stsac --leader none $cuda --hidden 1024 1024
 throughput wide 40 "$wide" $cuda --no-compile --batch-size 1024 --sb3 --only none "actor, Gauss-Newton"
 throughput wide-cpu 60 "$wide" --no-compile --batch-size 1024 --only none "actor, Gauss-Newton" --updates 3
 
-# 3. Steps per second of whole runs: what a user meets
+# 3. Steps per second of whole runs: what a user meets. On the GPU one after the other, on the CPU side by side
+train actor stsac --leader actor --curvature gauss-newton $cuda
+train compiled-none stsac --leader none $cuda --compile
+train compiled-actor stsac --leader actor --curvature gauss-newton $cuda --compile
 for leader in none actor; do
   train "cpu-$leader" stsac --leader "$leader" --curvature gauss-newton --no-cuda &
   train "cpu-compiled-$leader" stsac --leader "$leader" --curvature gauss-newton --no-cuda --compile &
 done
-train actor stsac --leader actor --curvature gauss-newton $cuda
-train compiled-none stsac --leader none $cuda --compile
-train compiled-actor stsac --leader actor --curvature gauss-newton $cuda --compile
 wait
 part steps 30 "$PYTHON" -c "$steps_per_second" "$out/sac" "$out/actor" "$out"/compiled-* "$out"/cpu-*
 
@@ -123,6 +128,6 @@ for seeds in 1 2 4 8; do
 done
 
 # 7. What takes longest to compile
-throughput modes-plain 90 "$walker" $cuda --cuda-graphs --only none "actor, Hessian, plain, 10 products"
+throughput modes-plain 90 "$walker" $cuda --no-compile --cuda-graphs --only none "actor, Hessian, plain, 10 products"
 rm -rf "$out/site" "$out"/sac* "$out/actor" "$out"/compiled-* "$out"/cpu-*
 echo "done after $(($(date +%s) - begin)) s: $out"

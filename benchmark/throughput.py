@@ -102,7 +102,7 @@ def training_update(script, state, flags, mode, args):
             nets, optimizers, batches, *coefficients, run_args, gradients
         )
         if not (f_actor + f_critic).isfinite():  # `train` looks as well, so a GPU waits here
-            raise SystemExit("throughput.py: error: a loss is not finite")
+            raise FloatingPointError("a loss is not finite")
         return info.get("iterations", torch.tensor(torch.nan)).clone()  # a CUDA graph overwrites what it returned
 
     return update

@@ -117,6 +117,8 @@ def test_commands_of_the_gpu_script(tmp_path):
     assert parsed == 9 + 11 + 15  # runs, tables, seeds
     summary = (tmp_path / "out/summary.txt").read_text()
     assert summary.count("exit code 0") == len(summary.splitlines())
+    again = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
+    assert again.returncode == 1 and "is not empty" in again.stderr
 
 
 def gpu_tests_on_a_cpu(*options):
