@@ -1039,7 +1039,7 @@ def training_loop(run_dir, algorithm, args):
     if args.compile:
         torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad inside a compiled function
         # "fallback_random": noise from torch's generator, as without --compile. On a GPU, both gradients become a CUDA
-        # graph: one launch for all kernels. Trap: the next call overwrites what this one has returned, so clone it
+        # graph: one launch for all kernels. Trap: the next call overwrites what this one returned. Clone what you keep
         options = {"fallback_random": True, "triton.cudagraphs": device.type == "cuda"}
         gradients = torch.compile(player_gradients, fullgraph=True, options=options)
     if args.track:
