@@ -495,7 +495,8 @@ def draw_panel(ax, runs, style, value, how):
     ax.set_title(f"{runs.environment.iloc[0]}\n{title}", fontsize=9)
     ax.xaxis.set_major_formatter(THOUSANDS)
     lowest, low, highest = np.percentile(runs[value], [0, 5, 100])
-    if low - lowest > highest - low:  # a start far below all else would flatten the rest
+    far_below = low - lowest > highest - low  # a start that would flatten the rest
+    if far_below and ax.get_yscale() == "linear":  # the logarithmic panels share their axis
         ax.set_ylim(bottom=low)
 
 

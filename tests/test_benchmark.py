@@ -690,6 +690,16 @@ def test_a_start_far_below_all_else_is_cut_off(here, monkeypatch):
     plot.plt.close("all")
 
 
+def test_nothing_is_cut_off_where_panels_share_an_axis(here, monkeypatch):
+    """Else the sizes of the implicit term in other panels could lie outside."""
+    runs = table_of(("Hopper-v4", "stsac-al", 1, {10 * i: 1.0 for i in range(30)}), family="SAC")
+    runs["ratio"] = [0.001, *[1.0] * 29]
+    monkeypatch.setattr(plot.plt.Figure, "savefig", lambda *args, **options: None)
+    plot.draw(runs, "terms.png", "ratio", "size", plot.LINES, "log")
+    assert {axes.get_ylim()[0] < 0.001 for axes in plot.plt.gcf().axes} == {True}
+    plot.plt.close("all")
+
+
 def test_figure_of_terms(here, monkeypatch):
     """Only versions that have both terms, with the dashes that they have among all, and one scale for all panels."""
     runs = table_of(
