@@ -91,6 +91,7 @@ SCORES = ["final score", "area under the curve"]
 AC_STEPS = 20_000  # of a point of AC
 LEGEND_ROWS = 6
 FEW = 5  # fewer seeds than these are marked
+ROUNDING = float(np.finfo(np.float32).eps)  # smaller, an implicit term is lost in the sum
 
 
 @dataclass
@@ -535,6 +536,9 @@ def draw(runs, path, value, name, how, scale="linear"):
                 dashes = style["dashes"][line] or (1, 0)
                 legend.append(plt.Line2D([], [], color=colour, dashes=dashes, label=label(line)))
         legend += [plt.Line2D([], [], alpha=0, label=" ")] * (-len(legend) % LEGEND_ROWS)  # a new column
+    first = grid[0, 0]  # logarithmic panels share its axis
+    if scale == "log" and first.get_ylim()[0] < ROUNDING:  # the terms of a policy that is at its bounds everywhere
+        first.set_ylim(bottom=ROUNDING)
     for ax in grid[-1]:
         ax.set_xlabel("environment steps")
     figure.legend(

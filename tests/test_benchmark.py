@@ -700,6 +700,17 @@ def test_nothing_is_cut_off_where_panels_share_an_axis(here, monkeypatch):
     plot.plt.close("all")
 
 
+def test_terms_that_rounding_hides_are_cut_off(here, monkeypatch):
+    """Else those of a dead policy, 10⁻¹⁵ of the direct ones, would flatten the others."""
+    runs = table_of(("Hopper-v4", "stsac-al", 1, {10 * i: 1.0 for i in range(30)}), family="SAC")
+    runs["ratio"] = [1e-15, 0.0, *[1.0] * 28]
+    monkeypatch.setattr(plot.plt.Figure, "savefig", lambda *args, **options: None)
+    plot.draw(runs, "terms.png", "ratio", "size", plot.LINES, "log")
+    low, high = zip(*(axes.get_ylim() for axes in plot.plt.gcf().axes))
+    assert set(low) == {plot.ROUNDING} and min(high) > 1
+    plot.plt.close("all")
+
+
 def test_figure_of_terms(here, monkeypatch):
     """Only versions that have both terms, with the dashes that they have among all, and one scale for all panels."""
     runs = table_of(
