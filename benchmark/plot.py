@@ -455,8 +455,8 @@ other flags, of the critic as leader with these and the same λ, of the version 
 of AC at a higher rate or with more critic steps, to the last step that both have come to; ties count half; 95 %
 bootstrap interval. 0.5: no difference. Where every seed of one beats every seed of the other, the interval has no
 width, however few the seeds. Gain: of a seed over the same seed of the other, which begins with the same weights, and
-of stddpg.py and stsac.py is evaluated on the same episodes; interquartile mean, over tasks as above. Of so many
-intervals one in twenty misses its number by chance.
+of stddpg.py and stsac.py, if both are of one commit, is evaluated on the same episodes; interquartile mean, over tasks
+as above. Of so many intervals one in twenty misses its number by chance.
 
 {table(pairs)}
 Both terms of the total derivative at the end: medians over the last tenth of a run, the lowest and the highest seed.
