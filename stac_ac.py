@@ -14,15 +14,15 @@ response. Everything else is Spinning Up's vanilla policy gradient, but for plai
     python stac_ac.py --env-id Hopper-v4 --run-dir runs/hopper       # begins there; the same command carries it on
     python stac_ac.py --evaluate runs/hopper/model.pt                # plays a model that --save-model has saved
 
-The implicit term needs ∇_θL, an expectation over trajectories from a start state s_0 (Proposition 1, Theorem 1). Which
-states of the batch count as s_0, --start-states says:
+The term through the best response, the implicit one, needs ∇_w∇_θL, and ∇_θL is an expectation over trajectories from a
+start state s_0 (Proposition 1, Theorem 1). Which states of the batch count as s_0, --start-states says:
 
     released    the batch's first state alone, as in the released code: AC's gradient times a number, about 2 at λ = 0
     every       every visited state, as the start of its trajectory's rest: those that the critic's loss averages over
-    initial     the first state of each trajectory: the propositions as they are written
+    initial     the first state of each trajectory: the propositions as they are written (∇_w²L stays that of all)
 
-With a small λ and the full Hessian a solve often stops early (stackelberg/negative_curvature): then say
---curvature gauss-newton.
+With a small λ and the full Hessian a solve often stops early (in TensorBoard stackelberg/negative_curvature is 1 then):
+say --curvature gauss-newton.
 """
 
 import atexit
@@ -30,13 +30,13 @@ import copy
 import fcntl
 import math
 import os
+import pickle
 import random
 import re
 import sys
 import time
 import warnings
 import zipfile
-import zlib
 from collections import namedtuple
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,7 +67,7 @@ class Args:
     capture_video: bool = False  # record the first episode of --evaluate (needs moviepy; `videos` beside the model)
     save_model: bool = False  # save the model (`model.pt` in the run's folder) at the end
     run_dir: str | None = None  # folder of the run: begins it or carries it on (default: a new folder in runs)
-    evaluate: str | None = None  # a model.pt to play for --eval-episodes episodes, instead of training
+    evaluate: str | None = None  # a model.pt to play on its own task, for --eval-episodes episodes, instead of training
     eval_episodes: int = 10  # episodes of --evaluate, played by the most likely action
     checkpoint_every: int = 10_000  # environment steps between two checkpoints; each waits for the end of a batch
 
@@ -75,7 +75,7 @@ class Args:
     env_id: str = "CartPole-v1"  # the environment id of the task, with discrete or continuous actions
     max_episode_steps: int | None = None  # time limit of an episode (default: the task's own)
     total_timesteps: int = 800_000  # total timesteps of the experiment; the last batch is the last that fits
-    num_steps: int = 4_000  # the number of steps in a batch
+    num_steps: int = 4_000  # the number of steps in a batch: several episodes, as each batch begins a new one
     gamma: float = 0.99  # the discount factor gamma
     gae_lambda: float = 0.97  # the lambda of the generalized advantage estimation, of a V critic
     norm_adv: bool = True  # centre the advantages, and divide the actor's gradient by their standard deviation
@@ -142,7 +142,8 @@ TRAIN, PLAY = 0, 1  # streams of episodes, each with seeds of its own
 def make_env(env_id, max_episode_steps=None, video_folder=None, video_every=1):
     """One environment with flat observations, Discrete actions or a 1-d Box of them, and a time limit.
 
-    Trap: a wrapper with a state, such as NormalizeObservation, has another one in --evaluate and is in no checkpoint.
+    Trap: a wrapper with a state, such as NormalizeObservation, has another state in --evaluate, and none is kept in a
+    checkpoint.
     """
     limit = {} if max_episode_steps is None else {"max_episode_steps": max_episode_steps}
     render = {"render_mode": "rgb_array"} if video_folder else {}  # not all environments know a render_mode
@@ -166,7 +167,7 @@ def make_env(env_id, max_episode_steps=None, video_folder=None, video_every=1):
 
 
 def reset(env, *key):
-    """Starts an episode whose randomness depends on `key` alone, so that a checkpoint between two is complete.
+    """Starts an episode whose randomness depends on `key` alone, so that a checkpoint between two episodes is complete.
 
     Trap: where an environment draws from the global generators, an evaluation amid a batch would seed these anew.
     """
@@ -187,7 +188,10 @@ def to_env(action, space):
     """A copy of an action for the environment: a number of the Discrete space, or within the Box to the last bit."""
     if isinstance(space, gym.spaces.Discrete):
         return space.dtype.type(space.start + action)
-    return action.clip(space.low, space.high).astype(space.dtype)
+    action = action.clip(space.low, space.high)
+    if np.issubdtype(space.dtype, np.integer):
+        action = action.round()  # astype alone would cut off the decimals
+    return action.astype(space.dtype)
 
 
 # Networks
@@ -242,8 +246,8 @@ class Actor(nn.Module):
         """The policy in numpy, for the steps t < num_steps of a batch: a function (obs [obs_dim], t) -> a ~ π_θ(·|s).
 
         It has the θ of now, and its noise is drawn here for all steps: a Gaussian's, or Gumbel's, whose argmax with the
-        logits is a sample of the Categorical. Trap: another policy changes `forward`, `acting_distribution` and this.
-        `check_first_batch` compares the first two; that the noise here is another it does not see.
+        logits is a sample of the Categorical. Trap: for another policy change `forward`, `acting_distribution` and this
+        function. `check_first_batch` compares the first two; it cannot see whether the noise here fits them.
         """
         outputs = numpy_mlp(self.net)
         noise = torch.empty(num_steps, self.n_out)
@@ -318,8 +322,9 @@ class QCritic(nn.Module):
 
 
 # Batch collection
-# N steps, trajectory after trajectory, as tensors with first axis N. trajectory: the number of a step's trajectory. If
-# its last step is not `terminated`, it was cut: by a time limit, or by the end of the batch.
+# N steps, trajectory after trajectory: obs, next_obs [N, obs_dim]; actions [N] (discrete) or [N, act_dim], before they
+# are clipped; rewards, terminated (0 or 1) and trajectory, the number of a step's trajectory, [N]. If its last step is
+# not `terminated`, it was cut: by a time limit, or by the end of the batch.
 Rollout = namedtuple("Rollout", "obs actions rewards next_obs terminated trajectory")
 
 
@@ -379,7 +384,8 @@ def discounted_sum(x, discount, trajectory):
 
 
 # What the batch says at (θ_k, w_k), constants [N] for both players. returns: Monte Carlo, of V^π(s) and Q^π(s, a), the
-# critic's targets. mc_advantages: the returns less the baseline V_w(s), for L. advantages: GAE, for J.
+# critic's targets. mc_advantages: the returns less the baseline V_w(s), for L. advantages: for J, GAE, of a
+# Q critic Q_w(s, a) - V_w(s).
 Estimates = namedtuple("Estimates", "returns mc_advantages advantages")
 
 
@@ -414,7 +420,7 @@ def score_function(policy, actions):
 def actor_surrogate(critic, batch, score, advantages, args):
     """f1, for -J(θ, w): a scalar.
 
-    ∇_θJ is the policy gradient (3). ∇_wJ depends on the critic:
+    ∇_θJ is the policy gradient (3), of a V critic with GAE for Q_w (Appendix E). ∇_wJ depends on the critic:
     - Q_w(s, a): that of (2).
     - V_w(s): of J = E[r + γ (1 - terminated) V_w(s')]; Section 4.2 prints it without the factors.
     - `released`: of E[V_w(s)], as in the released code.
@@ -429,7 +435,7 @@ def actor_surrogate(critic, batch, score, advantages, args):
 def linear_values(critic, obs, actions):
     """The critic's values, to first order in w, [N].
 
-    So ∇_w²L is (2/N) 𝒥ᵀ𝒥 for the squared loss, 𝒥 = ∂V_w/∂w: no negative eigenvalues.
+    So ∇_w²L is (2/N) 𝒥ᵀ𝒥 for the squared loss, 𝒥 = ∂values/∂w, [N, |w|]: no negative eigenvalues.
     """
     w = dict(critic.named_parameters())
     w_k = {name: p.detach() for name, p in w.items()}
@@ -444,35 +450,39 @@ def linear_values(critic, obs, actions):
 def critic_loss(values, targets, ratio=1):
     """The critic's cost L(θ, w), (4): a scalar.
 
-    `critic_surrogate` puts θ into the targets and into the ratio, which is 1 but has the gradient of how likely an
-    action is. For the critic's own steps both are constants.
+    `critic_surrogate` puts θ into the targets and into the ratio, which is 1 but has the gradient of log π, times the
+    weight of s_0. For the critic's own steps both are constants.
     """
     return (ratio * (values - targets) ** 2).mean()
 
 
 def critic_surrogate(critic, batch, score, estimates, args):
-    """f2, for L(θ, w), (4): a scalar, with targets that respond to θ. ∇_θ∇_wf2 is ∇_w of
+    """f2, for L(θ, w), (4): a scalar, with targets that respond to θ.
 
-        2 Σ_{t≥0} γᵗ ∇_θ log π(a_t|s_t) (V^π(s_0) - V_w(s_0)) Q^π(s_t, a_t)                      (Proposition 1)
+    ∇_θ∇_wf2 is ∇_w of the mean, over every visited state or over each trajectory's first as s_0, of
+
+        2 Σ_{t≥0} γᵗ ∇_θ log π(a_t|s_t) (V^π(s_0) - V_w(s_0)) Q^π(s_t, a_t)            (V critic: Proposition 1)
         ∇_θ log π(a_0|s_0) (Q_w(s_0, a_0) - Q^π(s_0, a_0))²
-            + 2 Σ_{t≥1} γᵗ ∇_θ log π(a_t|s_t) (Q^π(s_0, a_0) - Q_w(s_0, a_0)) Q^π(s_t, a_t)      (Theorem 1)
+            + 2 Σ_{t≥1} γᵗ ∇_θ log π(a_t|s_t) (Q^π(s_0, a_0) - Q_w(s_0, a_0)) Q^π(s_t, a_t)  (Q critic: Theorem 1)
 
-    for every visited state, or for each trajectory's first, as s_0. Theorem 1 as printed lacks the 2. The Q^π(s_t, a_t)
-    of the sums is a Monte Carlo advantage: the baseline changes no expectation, and GAE's bias would.
+    Theorem 1 as printed lacks the 2. For the Q^π(s_t, a_t) of the sums stands a Monte Carlo advantage: a baseline does
+    not change the expectation, GAE's bias would. Where a trajectory was cut, the sum ends: what comes after counts as
+    independent of θ, though the targets have V_w(s') for it.
     With `released` it is ∇_w of 2 ∇_θJ (V^π(s_0) - V_w(s_0)), s_0 the batch's first state, ∇_θJ as in f1.
     """
-    influence = discounted_sum(score * estimates.mc_advantages, args.gamma, batch.trajectory)  # ∇_θV^π(s_0), (21)
+    # influence: zeros [N], of which the gradient is how θ moves a state's target: ∇_θV^π(s_0), (21)
+    influence = discounted_sum(score * estimates.mc_advantages, args.gamma, batch.trajectory)
     is_start = torch.ones_like(score)
     if args.start_states == "initial":
         is_start = F.pad(batch.trajectory[1:] != batch.trajectory[:-1], (1, 0), value=True).to(score)
     elif args.start_states == "released":
         is_start[1:] = 0.0
-        influence = (score * estimates.advantages).mean()  # ∇_θJ, one number for all
+        influence = (score * estimates.advantages).mean()  # with the gradient ∇_θJ, the same for all
     start_weight = is_start / is_start.mean()  # with this weight the mean over the batch is the mean over its s_0
     ratio = 1
     if args.critic == "q":
         # a_0 is given, so its own term goes to the ratio
-        influence = influence - score * estimates.mc_advantages  # ∇_θQ^π(s_0, a_0), (19)
+        influence = influence - score * estimates.mc_advantages  # with the gradient ∇_θQ^π(s_0, a_0), (19)
         ratio = 1 + start_weight * score
     if args.curvature == "gauss-newton":
         values = linear_values(critic, batch.obs, batch.actions)
@@ -487,7 +497,7 @@ def conjugate_gradient(matvec, b, max_iters, tol):
 
     matvec: v -> Av. The solve starts from 0, and comes nearer to A⁻¹b with each step while A is positive definite.
     Where the curvature pᵀAp is not positive (beyond rounding) or a number is not finite, it stops and keeps its x: on
-    an indefinite A that can be the start.
+    an indefinite A that can be the start, and its residual above 1.
     Returns x and info, tensors: residual ‖b - Ax‖ / ‖b‖ by the recursion for r, inf after a number that was not finite;
     iterations; negative_curvature, whether it met pᵀAp ≤ 0 (beyond rounding).
     """
@@ -553,7 +563,7 @@ def grad(outputs, inputs, grad_outputs=None, **kwargs):
 
 
 def require_influence(grads, inputs, missing):
-    """Zeros for None. If all are None the implicit term would be zero, and the leader silently a plain player."""
+    """Zeros for None. Ends the run if all are None: the leader would silently be a plain player."""
     if all(g is None for g in grads):
         stop(
             f"the leader cannot influence the follower to any effect: {missing} (no_grad or frozen networks in a loss?)"
@@ -617,7 +627,7 @@ def player_gradients(actor, critic, batch, estimates, lam, args):
     scale = 1.0
     if args.norm_adv:
         # trap: the scale divides the composed gradient, below. With `every` and `initial` the implicit term has other
-        # advantages: dividing these here would shrink the direct term alone
+        # advantages: dividing these here would rescale the direct term alone
         scale = estimates.advantages.std(correction=0) + 1e-8
         estimates = estimates._replace(advantages=estimates.advantages - estimates.advantages.mean())
     policy = actor(batch.obs)
@@ -661,9 +671,9 @@ def with_noise(grads, std):
 
 
 def stackelberg_update(actor, critic, actor_optimizer, critic_optimizer, batch, lam, args):
-    """One iteration of Algorithm 2; with m = 1 it is Algorithm 1, (11) and (12). Returns both costs, and info.
+    """One iteration of Algorithm 2; with m = 1 and λ = 0 it is Algorithm 1, (11) and (12). Returns costs and info.
 
-    The critic takes m steps on the batch, the actor one. Both players' first gradients are at the same (θ_k, w_k).
+    The critic takes m steps on the batch, the actor one. Its gradient and the critic's first are both at (θ_k, w_k).
     """
     theta = trainable(actor)
     w = trainable(critic)
@@ -683,6 +693,7 @@ def evaluate(actor, env, episodes, *key):
     """Undiscounted returns of `episodes` episodes of the most likely action, [episodes]; they start as `key` says."""
     device = next(actor.parameters()).device
     returns = np.zeros(episodes)
+    modes = {module: module.training for module in actor.modules()}  # a part that you froze may not be training
     actor.eval()
     for episode in range(episodes):
         obs = reset(env, *key, episode)
@@ -694,7 +705,8 @@ def evaluate(actor, env, episodes, *key):
             obs = to_float32(obs)
             returns[episode] += to_float32(reward).item()
             done = terminated or truncated
-    actor.train()
+    for module, training in modes.items():
+        module.training = training
     return returns
 
 
@@ -718,7 +730,7 @@ def play(args):
 
 
 # The run's folder, checkpoints
-ALGORITHM = "stac"  # marks the files that this script writes
+ALGORITHM = "stac"  # marks the files that this script writes, AC's as well
 # flags that may differ when a run is carried on: it stays the same experiment
 MAY_CHANGE = {"exp_name", "cuda", "track", "capture_video", "save_model", "run_dir", "evaluate"}
 MAY_CHANGE |= {"eval_episodes", "checkpoint_every", "total_timesteps"}
@@ -757,6 +769,10 @@ def save(path, **state):
         torch.save({"algorithm": ALGORITHM, **state}, file)
         file.flush()
         os.fsync(file.fileno())
+    try:  # better now than when the run is to be carried on
+        torch.load(f"{path}.tmp", map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError:
+        stop(f"{path} would be unreadable: its states may hold tensors, numbers, strings, lists and dicts, no numpy")
     os.replace(f"{path}.tmp", path)
 
 
@@ -884,7 +900,8 @@ def training_loop(run_dir, algorithm, args):
     env = make_env(args.env_id, args.max_episode_steps)
     spaces = env.observation_space, env.action_space
 
-    # The players, and all else that a checkpoint holds. Trap: what you add and has a state must be in `parts`
+    # The players, and all else that a checkpoint holds. Trap: what you add and has a state must be in `parts`, and its
+    # state_dict of tensors and plain Python: a numpy array is not read back
     actor = Actor(*spaces, args.hidden).to(device)
     critic = Critic(spaces[0], args.hidden) if args.critic == "v" else QCritic(*spaces, args.hidden)
     critic = critic.to(device)
@@ -905,7 +922,10 @@ def training_loop(run_dir, algorithm, args):
         import wandb
 
         folder = run_dir.resolve()
-        run_id = f"{zlib.crc32(str(folder).encode()):08x}"  # of the whole path: folders of one name are several runs
+        id_file = folder / "wandb_id"  # carried on, the run goes on there; a folder begun anew is another run
+        if not id_file.exists():
+            id_file.write_text(os.urandom(4).hex())
+        run_id = id_file.read_text()
         wandb.init(
             name=folder.name, id=run_id, resume="allow", config=vars(args), sync_tensorboard=True, save_code=True
         )

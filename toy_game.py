@@ -9,7 +9,7 @@ Zheng, Fiez, Alumbaugh, Chasnov, Ratliff: Stackelberg Actor-Critic: Game-Theoret
 
 The actor's parameter θ is its action, and earns the reward R(θ) = -cθ². The critic says Q_w(θ) = wθ.
 The actor leads: it climbs J(θ, w) = wθ by the total derivative (15). The critic follows: it descends
-L(θ, w) = (R(θ) - wθ)². The equilibrium is (0, 0).
+L(θ, w) = (R(θ) - wθ)². The equilibrium is (0, 0). The paper's bounds θ, w ∈ [-1, 1] are not enforced.
 
     python toy_game.py                          # all figures into runs/toy_game, and tables of what the iterates did
     python toy_game.py --sac-reward-scale 0.2   # the SAC version with the reward of the paper's text
@@ -343,16 +343,18 @@ def simulate_toy(args):
 def print_toy(args, results):
     """How close each of the dynamics came, and how."""
     iterates = [k for k in (1_000, 10_000) if k < args.steps] + [args.steps]
+    late = min(1_000, args.steps - 1)
     rows = []
     for result in results:
         theta = result.actor
         distance = np.sqrt(squared_error(theta, result.critic))
         distances = " / ".join(f"{distance[k - 1]:.3g}" for k in iterates)
         sign_changes = np.count_nonzero(np.diff(np.sign(theta)))
-        worst = reward(theta[min(1_000, args.steps - 1) :], args.reward_scale).min()
+        worst = reward(theta[late:], args.reward_scale).min()
         rows.append([result.label, distances, f"{sign_changes}", f"{theta.max():.3g}", f"{worst:.3g}"])
     at = " / ".join(f"{k:,}" for k in iterates)
-    columns = [f"√(θ²+w²) at iterate {at}", "sign changes of θ", "largest θ", "worst R(θ) from iterate 1,001 on"]
+    from_late = f"worst R(θ) from iterate {late + 1:,} on"
+    columns = [f"√(θ²+w²) at iterate {at}", "sign changes of θ", "largest θ", from_late]
     print_table(["dynamics", *columns], rows)
 
 
@@ -365,7 +367,7 @@ def draw_toy(args, results):
     note = f"R(θ) = −{c:g}θ².  ○ start, ★ equilibrium.  Arrows show the direction alone."
 
     figure, axes = new_figure(3, note)
-    draw_planes(axes[:2], results[:2], arrows[:2])  # Figure 1 leaves out λ > 0
+    draw_planes(axes[:2], results[:2], arrows[:2])  # these panels leave out λ > 0
     draw_curves(axes[2], "(c) error", "θ² + w²", "log", results, errors)
     axes[2].legend()
     save_figure(figure, args, "figure1")
@@ -454,10 +456,11 @@ def sac(args):
     names = {1.0: "reward −a² (released notebook)", 0.2: "reward −a²/5 (paper's text)"}
     name = names.get(args.sac_reward_scale, f"reward −{args.sac_reward_scale:g}a²")
     print(f"Entropy-regularized version: {name}, {args.samples} samples an update, {args.sac_runs} runs\n")
-    columns = ["updates to √(μ²+w²) < 0.1: median (range)", "its median in the second half", "its largest", "last σ"]
+    columns = ["updates to √(μ²+w²) < 0.1: median (range)", "√(μ²+w²) in the second half: median", "largest", "last σ"]
     print_table(["dynamics", *columns], rows)
     n = len(grid()[0])
-    noise_of_arrows = rng.standard_normal((args.samples, 500, n, n))  # each arrow is the mean of 500 updates
+    updates = max(1, 1_500 // args.samples)  # each arrow is their mean: with three samples of 500 updates
+    noise_of_arrows = rng.standard_normal((args.samples, updates, n, n))
     draw_sac(args, results, noise_of_arrows, name)
 
 

@@ -428,6 +428,16 @@ def test_a_clock_that_is_behind(capsys):
     assert f"the clock is behind {future}" in out and out.count("clock") == 1
 
 
+def test_a_state_that_could_not_be_loaded_is_not_saved(here):
+    """Said when it is saved, not when the run is to be carried on; the file that is there stays."""
+    path = stac_ac.train(args(total_timesteps=200)) / "checkpoint.pt"
+    before = path.read_bytes()
+    state = torch.load(path, weights_only=True)
+    message = refused(functools.partial(stac_ac.save, path, **state, statistics=np.zeros(3)))
+    assert "checkpoint.pt would be unreadable" in message
+    assert path.read_bytes() == before
+
+
 def test_wandb_in_folders_of_any_name(here, monkeypatch):
     """`.` is a name that it refuses, and folders of one name are several runs."""
     calls = []
@@ -492,6 +502,14 @@ def test_actions_are_within_the_box_to_the_last_bit():
             actor.net[-1].bias.data.fill_(bias)
             stac_ac.evaluate(actor, env, 1, 0)
             stac_ac.collect(env, actor, 20, 1, 0)
+
+
+def test_actions_in_an_integer_box():
+    """The nearest number, the bounds among them."""
+    space = Box(np.array([0, -1]), np.array([3, 1]), dtype=np.int64)
+    for action, expected in (([0.4, -0.6], [0, -1]), ([2.6, 0.9], [3, 1]), ([9.0, -9.0], [3, -1])):
+        box = stac_ac.to_env(np.float32(action), space)
+        assert box.tolist() == expected and box.dtype == np.int64
 
 
 def test_a_box_without_bounds():

@@ -16,6 +16,7 @@ import weakref
 from dataclasses import replace
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -385,6 +386,17 @@ def test_files_that_are_refused(here, script, kind, monkeypatch):
         assert f"{run_dir / name} {reason}" in message or (kind == "a module" and reason in message)
         assert files(here) == before
     assert not (here / "owned").exists()
+
+
+def test_a_state_that_could_not_be_loaded_is_not_saved(here, script):
+    """Said when it is saved, not when the run is to be carried on; the file that is there stays."""
+    run_dir = script.train(args(script, total_timesteps=20, update_after=100))
+    before = files(run_dir)
+    state = checkpoint(run_dir)
+    message = error_of(functools.partial(script.save, run_dir / "checkpoint.pt", **state, statistics=np.zeros(3)))
+    assert "checkpoint.pt would be unreadable" in message
+    (run_dir / "checkpoint.pt.tmp").unlink()
+    assert files(run_dir) == before
 
 
 def test_files_of_the_wrong_kind(here, script, monkeypatch):
@@ -842,12 +854,20 @@ def test_odd_spaces(here, script):
     assert all(math.isfinite(value) for curve in scalars(run_dir).values() for value in curve.values())
 
 
+def test_actions_in_an_integer_box(script):
+    """The nearest number, the bounds among them."""
+    space = gym.spaces.Box(np.array([0, -1]), np.array([3, 1]), dtype=np.int64)
+    for action, expected in (([0.4, -0.6], [0, -1]), ([2.6, 0.9], [3, 1]), ([9.0, -9.0], [3, -1])):
+        box = script.to_box(np.float32(action), space)
+        assert box.tolist() == expected and box.dtype == np.int64
+
+
 # What is not finite
 @pytest.mark.parametrize(
     "env_id, step, what",
     [
-        ("NaN", 150, "the action or the reward is not finite"),
-        ("Huge", 150, "the action or the reward is not finite"),
+        ("NaN", 150, "the reward is not finite"),
+        ("Huge", 150, "the reward is not finite"),
         ("HugeObservation", 150, "an observation is not finite in float32"),
         ("BadReset", 21, "an observation is not finite"),
     ],
@@ -862,6 +882,19 @@ def test_environment_that_is_not_finite(here, script, env_id, step, what):
         state = checkpoint(here / "run")
         assert state["global_step"] == 120
         assert all(column.isfinite().all() for column in state["buffer"]["data"])
+
+
+def test_a_policy_that_is_not_finite(here, script, monkeypatch):
+    """A finite cost with a NaN gradient: the next action is named, not the environment that would get it."""
+    actor_loss = script.actor_loss
+
+    def finite_with_a_nan_gradient(actor, *arguments):
+        return actor_loss(actor, *arguments) + (0 * next(actor.parameters())).sum().sqrt()
+
+    monkeypatch.setattr(script, "actor_loss", finite_with_a_nan_gradient)
+    run = args(script, leader="none", update_after=75, run_dir=str(here / "run"))
+    assert "step 76: the policy's action is not finite" in error_of(script.train, run)
+    assert checkpoint(here / "run")["global_step"] == 40
 
 
 def test_large_numbers_are_no_error(script):
@@ -946,6 +979,18 @@ def test_evaluation_is_the_mean_policys_return(script):
     np.testing.assert_allclose(script.evaluate(actor, env, 3, 5, 6), expected, rtol=1e-5)
 
 
+def test_an_evaluation_keeps_the_modes(script):
+    """Of a part that is not training for good, such as an encoder that its user froze."""
+    env = script.make_env(POINT)
+    actor = script.Actor(env.observation_space, env.action_space, (8,))
+    actor.net[0].eval()
+    modes = []
+    actor.net[1].register_forward_pre_hook(lambda module, inputs: modes.append(module.training))
+    script.evaluate(actor, env, 1, 1)
+    assert not any(modes)
+    assert actor.training and actor.net[1].training and not actor.net[0].training
+
+
 def test_video(here, monkeypatch):
     """The first episode of each evaluation, and of `--evaluate`; nothing is overwritten."""
     pytest.importorskip("moviepy", reason="pip install moviepy")
@@ -973,14 +1018,16 @@ def test_video_that_cannot_be_made(here, script, monkeypatch):
 
 
 def test_weights_and_biases(here, script, monkeypatch):
-    """A name also for the folder `.`, one id for a folder that is carried on, another one for a namesake elsewhere."""
+    """A name also for `.`, one id for a folder that is carried on, another one for a namesake or if it begins anew."""
     calls = []
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **kwargs: calls.append(kwargs)))
     for folder, steps in (("a/run", 20), ("a/run", 40), ("b/run", 20), (".", 20)):
         script.train(args(script, track=True, run_dir=folder, total_timesteps=steps))
     assert [call["name"] for call in calls] == ["run", "run", "run", here.name]
     assert calls[0]["id"] == calls[1]["id"]
-    assert len({call["id"] for call in calls}) == 3
+    shutil.rmtree("b/run")
+    script.train(args(script, track=True, run_dir="b/run", total_timesteps=20))
+    assert len({call["id"] for call in calls}) == 4
     assert all(call["sync_tensorboard"] for call in calls)
 
 
