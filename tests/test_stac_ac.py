@@ -82,12 +82,13 @@ def load_actor(run_dir, run):
 def test_learns(kind, leader):
     """The mean return of a batch, -20 (continuous) or -40 (discrete) at the start. The total derivative is several
     times as long as the plain gradient, and a Q critic, which the actor climbs directly, has to be near its best
-    response: hence the rates."""
+    response: hence the rates. They are such that seeds 1 to 8 learn, so that another processor's rounding does not
+    matter."""
     changes = {"policy_lr": 0.2 if leader == "none" else 0.05, "lam": 50.0, **KINDS[kind]}
     if "critic" in changes:
-        changes |= {"policy_lr": 0.1 if leader == "none" else 0.01, "unroll": 20}
-    if (kind, leader) == ("continuous-q", "actor"):
-        changes |= {"policy_lr": 0.03, "lam": 500.0}
+        changes |= {"unroll": 20, "lam": 500.0}
+    if (kind, leader) == ("continuous-q", "none"):
+        changes["policy_lr"] = 0.05
     returns = batch_returns(stac_ac.train(args(leader=leader, total_timesteps=12_000, **changes)))
     assert np.mean(returns[-5:]) > np.mean(returns[:3]) / 2
 
