@@ -75,7 +75,7 @@ class Args:
     env_id: str = "CartPole-v1"  # the environment id of the task, with discrete or continuous actions
     max_episode_steps: int | None = None  # time limit of an episode (default: the task's own)
     total_timesteps: int = 800_000  # total timesteps of the experiment; the last batch is the last that fits
-    num_steps: int = 4_000  # the number of steps in a batch: several episodes, as each batch begins a new one
+    num_steps: int = 4_000  # the number of steps in a batch; it begins a new episode and cuts its last one
     gamma: float = 0.99  # the discount factor gamma
     gae_lambda: float = 0.97  # the lambda of the generalized advantage estimation, of a V critic
     norm_adv: bool = True  # centre the advantages, and divide the actor's gradient by their standard deviation
@@ -175,7 +175,10 @@ def reset(env, *key):
     random.seed(seed)
     np.random.seed(seed)
     obs, _ = env.reset(seed=seed)
-    return to_float32(obs)
+    obs = to_float32(obs)
+    if not np.isfinite(obs).all():
+        stop("the first observation of an episode is not finite in float32")
+    return obs
 
 
 def to_float32(x):
@@ -188,6 +191,8 @@ def to_env(action, space):
     """A copy of an action for the environment: a number of the Discrete space, or within the Box to the last bit."""
     if isinstance(space, gym.spaces.Discrete):
         return space.dtype.type(space.start + action)
+    if not np.isfinite(action).all():
+        stop("the policy's action is not finite")
     action = action.clip(space.low, space.high)
     if np.issubdtype(space.dtype, np.integer):
         action = action.round()  # astype alone would cut off the decimals
@@ -342,13 +347,13 @@ def collect(env, actor, num_steps, seed, start):
     for t in range(num_steps):
         if done:
             obs = reset(env, seed, TRAIN, start + t)
-            check_finite(start + t, obs)
             episode_return, episode_length = 0.0, 0
         action = policy(obs, t)  # log π is of this action, before it is clipped to a Box
         next_obs, reward, terminated, truncated, _ = env.step(to_env(action, space))
         next_obs = to_float32(next_obs)
         reward = to_float32(reward).item()
-        check_finite(start + t + 1, next_obs, reward, action)
+        if not (np.isfinite(next_obs).all() and math.isfinite(reward)):
+            stop(f"step {start + t + 1}: an observation or the reward is not finite in float32")
         transitions.append((obs, action, np.float32(reward), next_obs, np.float32(terminated), len(episodes)))
         obs = next_obs
         episode_return += reward
@@ -360,13 +365,6 @@ def collect(env, actor, num_steps, seed, start):
     device = next(actor.parameters()).device
     columns = [torch.from_numpy(np.array(column)).to(device) for column in zip(*transitions)]
     return Rollout(*columns), episodes
-
-
-def check_finite(step, obs, reward=0.0, action=0):
-    """Ends the run if the environment returns what is not finite, and says whether the action was."""
-    if not (np.isfinite(obs).all() and math.isfinite(reward)):
-        what = "an observation or the reward" if np.isfinite(action).all() else "the policy's action"
-        stop(f"step {step}: {what} is not finite in float32")
 
 
 # Estimates
@@ -384,8 +382,8 @@ def discounted_sum(x, discount, trajectory):
 
 
 # What the batch says at (θ_k, w_k), constants [N] for both players. returns: Monte Carlo, of V^π(s) and Q^π(s, a), the
-# critic's targets. mc_advantages: the returns less the baseline V_w(s), for L. advantages: for J, GAE, of a
-# Q critic Q_w(s, a) - V_w(s).
+# critic's targets. mc_advantages: the returns less the baseline V_w(s), for L. advantages, for J: GAE, or
+# with a Q critic Q_w(s, a) - V_w(s).
 Estimates = namedtuple("Estimates", "returns mc_advantages advantages")
 
 
@@ -420,7 +418,7 @@ def score_function(policy, actions):
 def actor_surrogate(critic, batch, score, advantages, args):
     """f1, for -J(θ, w): a scalar.
 
-    ∇_θJ is the policy gradient (3), of a V critic with GAE for Q_w (Appendix E). ∇_wJ depends on the critic:
+    ∇_θJ is the policy gradient (3); with a V critic GAE stands for Q_w (Appendix E). ∇_wJ depends on the critic:
     - Q_w(s, a): that of (2).
     - V_w(s): of J = E[r + γ (1 - terminated) V_w(s')]; Section 4.2 prints it without the factors.
     - `released`: of E[V_w(s)], as in the released code.
@@ -497,7 +495,7 @@ def conjugate_gradient(matvec, b, max_iters, tol):
 
     matvec: v -> Av. The solve starts from 0, and comes nearer to A⁻¹b with each step while A is positive definite.
     Where the curvature pᵀAp is not positive (beyond rounding) or a number is not finite, it stops and keeps its x: on
-    an indefinite A that can be the start, and its residual above 1.
+    an indefinite A that can be the start. The residual can be above 1 then.
     Returns x and info, tensors: residual ‖b - Ax‖ / ‖b‖ by the recursion for r, inf after a number that was not finite;
     iterations; negative_curvature, whether it met pᵀAp ≤ 0 (beyond rounding).
     """
@@ -730,7 +728,7 @@ def play(args):
 
 
 # The run's folder, checkpoints
-ALGORITHM = "stac"  # marks the files that this script writes, AC's as well
+ALGORITHM = "stac"  # marks the files that this script writes; trap: give a copy with other networks another mark
 # flags that may differ when a run is carried on: it stays the same experiment
 MAY_CHANGE = {"exp_name", "cuda", "track", "capture_video", "save_model", "run_dir", "evaluate"}
 MAY_CHANGE |= {"eval_episodes", "checkpoint_every", "total_timesteps"}
@@ -772,7 +770,8 @@ def save(path, **state):
     try:  # better now than when the run is to be carried on
         torch.load(f"{path}.tmp", map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError:
-        stop(f"{path} would be unreadable: its states may hold tensors, numbers, strings, lists and dicts, no numpy")
+        os.remove(f"{path}.tmp")
+        stop(f"{path} could not be read back: only tensors, numbers, strings, tuples, lists and dicts can (no numpy)")
     os.replace(f"{path}.tmp", path)
 
 
@@ -900,8 +899,7 @@ def training_loop(run_dir, algorithm, args):
     env = make_env(args.env_id, args.max_episode_steps)
     spaces = env.observation_space, env.action_space
 
-    # The players, and all else that a checkpoint holds. Trap: what you add and has a state must be in `parts`, and its
-    # state_dict of tensors and plain Python: a numpy array is not read back
+    # The players, and all else that a checkpoint holds. Trap: what you add and has a state must be in `parts`
     actor = Actor(*spaces, args.hidden).to(device)
     critic = Critic(spaces[0], args.hidden) if args.critic == "v" else QCritic(*spaces, args.hidden)
     critic = critic.to(device)
@@ -922,8 +920,8 @@ def training_loop(run_dir, algorithm, args):
         import wandb
 
         folder = run_dir.resolve()
-        id_file = folder / "wandb_id"  # carried on, the run goes on there; a folder begun anew is another run
-        if not id_file.exists():
+        id_file = folder / "wandb_id"  # carried on, a run goes on there (a copy of the folder as well: delete it in it)
+        if start == 0 or not id_file.exists():
             id_file.write_text(os.urandom(4).hex())
         run_id = id_file.read_text()
         wandb.init(

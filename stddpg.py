@@ -89,7 +89,7 @@ class Args:
 
     # The Stackelberg game
     leader: Literal["actor", "critic", "none"] = "actor"  # who follows the total derivative; none: plain DDPG
-    lam: float = 500.0  # λ of the follower's regularized Hessian ∇₂²f2 + λI (Section 4.5);
+    lam: float = 500.0  # λ of the follower's regularized Hessian ∇₂²f2 + λI (Section 4.5); λ → ∞ is --leader none
     lam_decay: float | None = None  # λ exp(-t / lam_decay) at step t; the released code has 1e5 (default: λ stays)
     unroll: int = 1  # m of Algorithm 2: follower steps for one of the leader's (leader none: critic steps)
     curvature: Literal["hessian", "gauss-newton"] = "hessian"  # actor leads: all of ∇_w²L, or its fast approximation
@@ -180,7 +180,10 @@ def reset(env, *key):
     random.seed(seed)
     np.random.seed(seed)
     obs, _ = env.reset(seed=seed)
-    return to_float32(obs)
+    obs = to_float32(obs)
+    if not np.isfinite(obs).all():
+        stop("the first observation of an episode is not finite in float32")
+    return obs
 
 
 def to_float32(x):
@@ -191,6 +194,8 @@ def to_float32(x):
 
 def to_box(action, space):
     """A copy of an action, within the bounds to the last bit, and of the space's dtype."""
+    if not np.isfinite(action).all():
+        stop("the policy's action is not finite")
     action = action.clip(space.low, space.high)
     if np.issubdtype(space.dtype, np.integer):
         action = action.round()  # astype alone would cut off the decimals
@@ -328,7 +333,8 @@ def conjugate_gradient(matvec, b, max_iters, tol, preconditioner=None):
 
     matvec: v -> Av. preconditioner: r -> Mr with M ≈ A⁻¹. The solve starts from Mb, without M from 0, and comes nearer
     to A⁻¹b with each step while A is positive definite. Where the curvature pᵀAp is not positive (beyond rounding) or a
-    number is not finite, it stops and keeps its x: on an indefinite A that can be the start, and its residual above 1.
+    number is not finite, it stops and keeps its x: on an indefinite A that can be the start.
+    The residual can be above 1 then.
     Returns x and info, tensors: residual ‖b - Ax‖ / ‖b‖ by the recursion for r, inf after a number that was not finite;
     iterations; negative_curvature, whether it met pᵀAp ≤ 0 (beyond rounding).
     """
@@ -530,7 +536,7 @@ def update_target(target, net, tau):
 
 
 def stackelberg_update(nets, optimizers, batches, lam, args, gradients=player_gradients):
-    """One iteration of Algorithm 2 (with one batch: of Algorithm 1, (11)-(14)), and the target networks' step.
+    """One iteration of Algorithm 2 (one batch, λ = 0: of Algorithm 1, (11)-(14)), and the target networks' step.
 
     nets: actor, critic, their targets. optimizers: the actor's, the critic's. batches: m; the follower takes a step on
     each (fresh ones, because it responds to the whole replay buffer), the leader one on the first.
@@ -614,7 +620,7 @@ Factors = namedtuple("Factors", "weight bias inputs slopes")
 
 
 def refuse(what, reason):
-    """Ends the run because 𝒥 or D would be wrong, here or in the preconditioner."""
+    """Ends the run because Gauss-Newton, as the curvature or as the preconditioner, would be wrong."""
     stop(f"Gauss-Newton does not know this {what}: {reason}. --curvature hessian --no-precondition takes it")
 
 
@@ -780,7 +786,7 @@ def differ(found, expected):
 
 
 def check_gauss_newton(actor, critic, target_critic, batch, args):
-    """Ends the run in one line if on a real batch 𝒥, D or ∇_θ∇_wL is not autograd's, each tried on a random vector."""
+    """Ends the run in one line if on a real batch 𝒥, or with Gauss-Newton D or ∇_θ∇_wL, is not what autograd says."""
     layers = []
     f_critic, qs, _ = critic_cost(actor, critic, target_critic, batch, args, layers)
     jacs = jacobians(critic, qs, layers)
@@ -892,7 +898,8 @@ def save(path, **state):
     try:  # better now than when the run is to be carried on
         torch.load(f"{path}.tmp", map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError:
-        stop(f"{path} would be unreadable: its states may hold tensors, numbers, strings, lists and dicts, no numpy")
+        os.remove(f"{path}.tmp")
+        stop(f"{path} could not be read back: only tensors, numbers, strings, tuples, lists and dicts can (no numpy)")
     os.replace(f"{path}.tmp", path)
 
 
@@ -1022,8 +1029,7 @@ def training_loop(run_dir, algorithm, args):
     env = make_env(args.env_id, args.max_episode_steps)
     spaces = env.observation_space, env.action_space
 
-    # The players, and all else that a checkpoint holds. Trap: what you add and has a state must be in `parts`, and its
-    # state_dict of tensors and plain Python: a numpy array is not read back
+    # The players, and all else that a checkpoint holds. Trap: what you add and has a state must be in `parts`
     actor = Actor(*spaces, args.hidden).to(device)
     critic = Critic(*spaces, args.hidden).to(device)
     target_actor = Actor(*spaces, args.hidden).to(device)
@@ -1063,8 +1069,8 @@ def training_loop(run_dir, algorithm, args):
         import wandb
 
         folder = run_dir.resolve()
-        id_file = folder / "wandb_id"  # carried on, the run goes on there; a folder begun anew is another run
-        if not id_file.exists():
+        id_file = folder / "wandb_id"  # carried on, a run goes on there (a copy of the folder as well: delete it in it)
+        if start == 0 or not id_file.exists():
             id_file.write_text(os.urandom(4).hex())
         run_id = id_file.read_text()
         wandb.init(
@@ -1093,16 +1099,13 @@ def training_loop(run_dir, algorithm, args):
             else:
                 action = actor(torch.as_tensor(obs, device=device))
                 action += args.exploration_noise * actor.action_scale * torch.randn_like(action)
-        action = action.cpu().numpy()
-        if not np.isfinite(action).all():
-            stop(f"step {global_step}: the policy's action is not finite")
-        action = to_box(action, env.action_space)
+        action = to_box(action.cpu().numpy(), env.action_space)
         next_obs, reward, terminated, truncated, _ = env.step(action.copy())  # a copy: it may be changed in place
         next_obs = to_float32(next_obs)
         reward = to_float32(reward).item()
 
         # Store
-        if not (np.isfinite(obs).all() and np.isfinite(next_obs).all()):
+        if not np.isfinite(next_obs).all():
             stop(f"step {global_step}: an observation is not finite in float32")
         if not math.isfinite(reward):
             stop(f"step {global_step}: the reward is not finite in float32")

@@ -459,7 +459,7 @@ def sac(args):
     columns = ["updates to √(μ²+w²) < 0.1: median (range)", "√(μ²+w²) in the second half: median", "largest", "last σ"]
     print_table(["dynamics", *columns], rows)
     n = len(grid()[0])
-    updates = max(1, 1_500 // args.samples)  # each arrow is their mean: with three samples of 500 updates
+    updates = max(1, 1_500 // args.samples)  # each arrow is the mean of so many, which keeps the array small
     noise_of_arrows = rng.standard_normal((args.samples, updates, n, n))
     draw_sac(args, results, noise_of_arrows, name)
 

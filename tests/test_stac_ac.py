@@ -80,10 +80,12 @@ def load_actor(run_dir, run):
 @pytest.mark.parametrize("leader", ["actor", "none"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_learns(kind, leader):
-    """The mean return of a batch, -20 (continuous) or -40 (discrete) at the start. The total derivative is several
-    times as long as the plain gradient, and a Q critic, which the actor climbs directly, has to be near its best
-    response: hence the rates. They are such that seeds 1 to 8 learn, so that another processor's rounding does not
-    matter."""
+    """The mean return of a batch, -20 (continuous) or -40 (discrete) at the start.
+
+    The total derivative is several times as long as the plain gradient: hence its lower rate. A Q critic, of whose
+    values the actor's advantages are, has to be near its best response: hence its 20 steps and λ = 500. With these
+    numbers seeds 1 to 8 learn, so that another processor's rounding does not matter.
+    """
     changes = {"policy_lr": 0.2 if leader == "none" else 0.05, "lam": 50.0, **KINDS[kind]}
     if "critic" in changes:
         changes |= {"unroll": 20, "lam": 500.0}
@@ -435,7 +437,7 @@ def test_a_state_that_could_not_be_loaded_is_not_saved(here):
     before = path.read_bytes()
     state = torch.load(path, weights_only=True)
     message = refused(functools.partial(stac_ac.save, path, **state, statistics=np.zeros(3)))
-    assert "checkpoint.pt would be unreadable" in message
+    assert "checkpoint.pt could not be read back" in message
     assert path.read_bytes() == before
 
 
@@ -527,24 +529,29 @@ def test_global_generators_are_seeded():
     assert_same_weights(first, stac_ac.train(run))
 
 
-@pytest.mark.parametrize("env_id, step", [("PointNaN-v0", 150), ("PointHuge-v0", 150), ("PointBadReset-v0", 20)])
+@pytest.mark.parametrize("env_id, step", [("PointNaN-v0", 150), ("PointHuge-v0", 150), ("PointBadReset-v0", 0)])
 def test_environment_that_returns_nan(env_id, step, here):
     run = args(env_id=f"point_env:{env_id}", num_steps=60, checkpoint_every=60, policy_lr=0.01, run_dir="run")
     message = refused(stac_ac.train, run)
-    assert f"step {step}: " in message and "not finite in float32" in message
-    if step > 60:
+    assert "not finite in float32" in message
+    assert (f"step {step}: " if step else "the first observation of an episode") in message
+    if step:
         assert checkpoint(here / "run")["global_step"] == 120
 
 
-def test_a_large_observation_is_finite():
+def test_large_numbers_are_no_error():
     """1e20, whose square is none in float32."""
-    stac_ac.check_finite(1, np.full(3, 1e20, np.float32), 1e20)
-    for obs, reward in ((np.float32([0, np.nan]), 0.0), (np.float32([0, np.inf]), 0.0), (np.zeros(2), math.inf)):
-        assert "step 7: an observation or the reward" in refused(stac_ac.check_finite, 7, obs, reward)
-        assert "step 7: the policy's action" in refused(stac_ac.check_finite, 7, obs, reward, np.float32([0, np.nan]))
-    assert stac_ac.to_float32(1e300) == np.inf
+    assert stac_ac.to_float32([1e20, -1e30]).tolist() == pytest.approx([1e20, -1e30])
+    assert stac_ac.to_float32(1e300) == math.inf
     obs = np.zeros(3, np.float32)
     assert not np.shares_memory(stac_ac.to_float32(obs), obs)  # environments may change it in place
+
+
+def test_a_policy_that_is_not_finite():
+    """Before the environment gets its action."""
+    space = Box(-1.0, 1.0, (2,))
+    for number in (np.nan, np.inf):
+        assert "the policy's action is not finite" in refused(stac_ac.to_env, np.float32([0, number]), space)
 
 
 @pytest.mark.parametrize("spoiled, word", [("critic_loss", "number"), ("optimizer_step", "parameter")])
