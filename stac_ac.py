@@ -7,8 +7,13 @@
 Zheng, Fiez, Alumbaugh, Chasnov, Ratliff: Stackelberg Actor-Critic: Game-Theoretic Reinforcement Learning Algorithms,
 2021. Numbers in parentheses are its equations. Actor and critic are two players. The actor (θ) minimises -J(θ, w), the
 critic (w) minimises L(θ, w), and the actor leads: it follows the total derivative of its cost through the critic's best
-response. Everything else is Spinning Up's vanilla policy gradient, but for plain gradient descent (Appendix E) and
---unroll critic steps a batch.
+response. With player 1 the leader, of cost f1, and player 2 the follower, of cost f2, it is, regularized as in
+Section 4.5,
+
+    ∇₁f1 - (∇₂₁f2)ᵀ (∇₂²f2 + λI)⁻¹ ∇₂f1.
+
+Everything else is Spinning Up's vanilla policy gradient, but for plain gradient descent (Appendix E) and --unroll
+critic steps a batch.
 
     python stac_ac.py --env-id CartPole-v1 --leader actor --lam 0 --unroll 80    # STAC; none: AC
     python stac_ac.py --env-id Hopper-v4 --run-dir runs/hopper       # begins there; the same command carries it on
@@ -495,7 +500,7 @@ def conjugate_gradient(matvec, b, max_iters, tol):
 
     matvec: v -> Av. The solve starts from 0, and comes nearer to A⁻¹b with each step while A is positive definite.
     Where the curvature pᵀAp is not positive (beyond rounding) or a number is not finite, it stops and keeps its x: on
-    an indefinite A that can be the start. The residual can be above 1 then.
+    an indefinite A that can be the start, and the residual can be above 1.
     Returns x and info, tensors: residual ‖b - Ax‖ / ‖b‖ by the recursion for r, inf after a number that was not finite;
     iterations; negative_curvature, whether it met pᵀAp ≤ 0 (beyond rounding).
     """

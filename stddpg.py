@@ -333,8 +333,8 @@ def conjugate_gradient(matvec, b, max_iters, tol, preconditioner=None):
 
     matvec: v -> Av. preconditioner: r -> Mr with M ≈ A⁻¹. The solve starts from Mb, without M from 0, and comes nearer
     to A⁻¹b with each step while A is positive definite. Where the curvature pᵀAp is not positive (beyond rounding) or a
-    number is not finite, it stops and keeps its x: on an indefinite A that can be the start.
-    The residual can be above 1 then.
+    number is not finite, it stops and keeps its x: on an indefinite A that can be the start, and the residual can be
+    above 1.
     Returns x and info, tensors: residual ‖b - Ax‖ / ‖b‖ by the recursion for r, inf after a number that was not finite;
     iterations; negative_curvature, whether it met pᵀAp ≤ 0 (beyond rounding).
     """
