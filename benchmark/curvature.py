@@ -46,18 +46,20 @@ SOLVES = {  # changes to the script's own Args; a preconditioned solve takes one
 
 def load(run):
     """A run's script, Args, networks in float64 (actor, critic, target critic), replay buffer and step."""
-    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    state = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
     script = importlib.import_module(state["algorithm"])
     args = script.Args(**{name: value for name, value in state["args"].items() if hasattr(script.Args, name)})
-    env = gym.make(args.env_id)
+    env = gym.wrappers.FlattenObservation(gym.make(args.env_id))
     spaces, nets = (env.observation_space, env.action_space), []
     for name in ("actor", "critic", "target_critic"):
         net = (script.Actor if name == "actor" else script.Critic)(*spaces, args.hidden)
         net.load_state_dict(state[name])
         nets.append(net.double().requires_grad_(name != "target_critic"))
-    size = min(state["buffer"]["count"], args.buffer_size)
+    size = len(state["buffer"]["data"][0])  # `count` goes on when a buffer is full
     buffer = script.ReplayBuffer(size, *spaces, "cpu")
     buffer.load_state_dict({"data": state["buffer"]["data"], "count": size})
+    if getattr(args, "autotune", False):
+        args = replace(args, alpha=state["log_alpha"]["0"].exp().item())
     args = replace(args, leader="actor", curvature="hessian", precondition=True, cg_tol=0.0)
     return script, args, nets, buffer, state["global_step"]
 

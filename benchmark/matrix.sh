@@ -25,6 +25,11 @@ commands() {
       for variant in $VARIANTS; do
         flags=$(awk -v variant="$variant" '$1 == variant { $1 = ""; print }' <<<"$table")
         [[ $flags ]] || stop "unknown variant '$variant'"
+        for flag in $FLAGS; do
+          flag=${flag%%=*}
+          [[ $flag != --* || "$flags " != *" ${flag//_/-} "* ]] ||
+            stop "$flag must not be in FLAGS: it is what makes $variant"
+        done
         run=${env//[^A-Za-z0-9_.-]/-}__$variant${TAG}__$seed
         echo $program --run-dir "runs/$run" --env-id "$env" --exp-name "$variant$TAG" --seed "$seed" \
           --total-timesteps "$STEPS" $(flags_of "$env") $flags $FLAGS --save-model

@@ -428,7 +428,7 @@ def term_rows(tasks):
             high = medians.max()
             row = {"task": environment, "steps": span(lasts[name]), "version": label(name), "seeds": mark([medians])}
             for key, title in (("ratio", "implicit / direct"), ("cosine", "cosine")):
-                row[title] = f"{low[key]:.2g} to {high[key]:.2g}".replace("-", "−")
+                row[title] = f"{low[key] + 0.0:.2g} to {high[key] + 0.0:.2g}".replace("-", "−")  # 0.0: not -0
             yield row
 
 

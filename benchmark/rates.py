@@ -37,7 +37,11 @@ RUN = ["title", "arm", "rate", "seed"]
 def read(path):
     """The CSV, and a table of its runs with their scores. A title is a task with m and noise."""
     rows = pd.read_csv(path)
-    rows["arm"] = pd.Categorical(rows.arm.str.replace("batch", "released"), ARMS)  # what it was called then
+    rows["arm"] = rows.arm.str.replace("batch", "released")  # what it was called then
+    unknown = set(rows.arm) - set(ARMS)
+    if unknown:
+        raise SystemExit(f"rates.py: error: {path} has unknown arms: {', '.join(sorted(unknown))}")
+    rows["arm"] = pd.Categorical(rows.arm, ARMS)
     rows["title"] = rows.environment + ", m = " + rows.m.astype(str)
     rows.loc[rows.noise > 0, "title"] += ", noise " + rows.noise.astype(str)
     last = rows.step > 0.9 * rows.groupby("title").step.transform("max")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # AC and STAC with m = 1 and m = 80 critic steps, Figure 3 (a) to (d): as in the released code, as in Proposition 1
 # (every visited state is an s_0), and the control, AC at twice the rate. The rates and the noise on both gradients are
-# the released code's for CartPole, λ is Appendix E's. For other rates FLAGS="--policy-lr 0.4 --grad-noise 0".
+# the released code's for CartPole, λ is Appendix E's. For other rates FLAGS="--policy-lr 0.4" VARIANTS=stac-released-m1.
 # Variables and options: matrix.sh.
 : "${ENVS=CartPole-v1 Hopper-v4 Reacher-v4 Walker2d-v4}" "${STEPS=800000}"
 script=stac_ac.py

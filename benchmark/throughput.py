@@ -42,16 +42,14 @@ class Args:
     against_checkpoint: Path | None = None  # a checkpoint of that version (default: the first one)
 
 
+HESSIAN = {"leader": "actor", "curvature": "hessian", "cg_iters": 10}
 # name, flags of an eager and of a compiled contestant (a compiled solve takes all of its iterations)
 CONTESTANTS = {
     "none": ({"leader": "none"}, {}),
     "actor, Gauss-Newton": ({"leader": "actor", "curvature": "gauss-newton"}, {}),
-    "actor, Hessian, preconditioned": ({"leader": "actor", "curvature": "hessian"}, {"cg_iters": 2}),
-    "actor, Hessian, plain, 10 products": (
-        {"leader": "actor", "curvature": "hessian", "precondition": False, "cg_tol": 0.0},
-        {},
-    ),
-    "critic": ({"leader": "critic"}, {"cg_iters": 2}),
+    "actor, Hessian, preconditioned": (HESSIAN | {"precondition": True, "cg_tol": 0.01}, {"cg_iters": 2}),
+    "actor, Hessian, plain, 10 products": (HESSIAN | {"precondition": False, "cg_tol": 0.0}, {}),
+    "critic": ({"leader": "critic", "cg_iters": 10, "cg_tol": 0.01}, {"cg_iters": 2}),
 }
 
 
@@ -85,8 +83,9 @@ def training_update(script, state, flags, mode, args):
             net.load_state_dict(state[name], strict=False)
             nets.append(net.requires_grad_("target" not in name))
     optimizers = [torch.optim.Adam(net.parameters(), lr=1e-3, fused=True) for net in nets[:2]]
-    buffer = script.ReplayBuffer(state["buffer"]["count"], *spaces, device)
-    buffer.load_state_dict(state["buffer"])
+    size = len(state["buffer"]["data"][0])  # `count` goes on when a buffer is full
+    buffer = script.ReplayBuffer(size, *spaces, device)
+    buffer.load_state_dict(state["buffer"] | {"count": size})
 
     gradients = script.player_gradients
     if mode != "eager":
@@ -119,7 +118,7 @@ def stable_baselines_update(state, args):
         state["args"]["env_id"],
         learning_rate=1e-3,
         batch_size=args.batch_size,
-        buffer_size=state["buffer"]["count"],
+        buffer_size=len(state["buffer"]["data"][0]),
         policy_kwargs={"net_arch": list(state["args"]["hidden"])},
         device="cuda" if args.cuda else "cpu",
         seed=1,
@@ -223,10 +222,12 @@ def main():
         try:
             turn(contestant, args)  # compiles, and fills caches
             found.append(contestant)
-        except Exception as e:  # one that fails does not take the others along
+        except (Exception, SystemExit) as e:  # one that fails, or that a script refuses, does not take the others along
             print(
                 f"{contestant.script}, {contestant.name}, {contestant.mode}: {type(e).__name__}: {e}", file=sys.stderr
             )
+    if not found:
+        raise SystemExit("throughput.py: error: no contestant is left")
     results = []
     for _ in range(args.rounds):
         results.append([turn(contestant, args) for contestant in found])
