@@ -3,7 +3,9 @@
 import itertools
 import json
 import os
+import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +27,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmark"))
 import plot  # noqa: E402
 import rates  # noqa: E402
+import stsac_mean  # noqa: E402
 
 SCRIPTS = {"stac_ac.sh": stac_ac, "stddpg.sh": stddpg, "stsac.sh": stsac}
 
@@ -170,6 +173,35 @@ def test_controls(here, launcher, variant, control):
     assert script == f"benchmark/{control}" and (ROOT / script).exists() and run_dir == f"runs/E__{variant}-x__1"
     code, out, err = finish(start(launcher, **variables))
     assert (code, out) == (1, "") and "TAG" in err and err.count("\n") == 1
+
+
+def test_the_control_with_the_mean(monkeypatch):
+    """Each sample's df1/dy is their mean. (stac_ac_scaled.py's test is in test_stac_ac.py.)"""
+    exact = stsac.ridge_solver
+    monkeypatch.setattr(stsac, "ridge_solver", exact)  # put back at the end
+    monkeypatch.setattr(stsac, "main", lambda: None)
+    stsac_mean.main()
+    K, damping, c = torch.diag(torch.tensor([1.0, 2.0, 3.0])), torch.ones(3), torch.tensor([1.0, 5.0, 2.0])
+    expected = exact(K, damping)(c).mean().expand(3)
+    torch.testing.assert_close(stsac.ridge_solver(K, damping)(c), expected)
+
+
+@pytest.mark.parametrize(
+    "launcher, flags, variant",
+    [
+        ("stac_ac.sh", "--grad-noise 0 --policy-lr 0.4", "ac-2x-m1"),
+        ("stac_ac.sh", "--policy_lr=0.4", "ac-2x-m1"),
+        ("stsac.sh", "--leader critic", "sac"),
+        ("stddpg.sh", "--curvature hessian", "stddpg-al-gn"),
+    ],
+)
+def test_flags_must_not_undo_a_variant(here, launcher, flags, variant):
+    """AC at twice the rate would have the rate of FLAGS, and its name."""
+    code, out, err = finish(start(launcher, "--dry-run", FLAGS=flags))
+    assert (code, out) == (1, "") and err.count("\n") == 1 and f"it is what makes {variant}" in err
+    if launcher != "stsac.sh":
+        commands = dry_run(launcher, FLAGS=flags, VARIANTS={"stac_ac.sh": "ac-m1", "stddpg.sh": "stddpg-al"}[launcher])
+        assert commands and all(command[-1 - len(flags.split()) : -1] == flags.split() for command in commands)
 
 
 @pytest.mark.parametrize(
@@ -422,6 +454,7 @@ def test_which_runs_count(here, capsys):
     for name, reason in left_out.items():
         assert sum(f"runs/{name}" in note and reason in note for note in notes) == 1, name
     assert len(notes) == 6
+    assert plot.read_model("runs/empty/model.pt")["exp_name"] == "stddpg-cl"
     runs = pd.concat(curves.values()).assign(family="DDPG")
     plot.write(runs, flags, here)
     again = plot.read_csv(here)
@@ -647,7 +680,7 @@ def test_leaders_are_held_against_each_other():
 def test_figure(here, monkeypatch):
     """Twelve panels, each with its seeds and steps; one colour a role, and its dashes tell the experiments apart."""
     runs = [
-        ("CartPole-v1", name, seed, {4000 * i: 1 for i in range(1, 11)})
+        ("CartPole-v1", name, seed, {4000 * i: i for i in range(1, 11)})
         for name in ("ac-m1", "ac-m80")
         for seed in (1, 2)
     ]
@@ -663,6 +696,7 @@ def test_figure(here, monkeypatch):
     assert [axes.texts[0].get_text() for axes in figure.axes[1:]] == ["no data"] * 11
     drawn = [line for line in figure.axes[0].lines if len(line.get_xdata())]
     assert [[*line.get_xdata()] for line in drawn[:2]] == [[20000, 40000]] * 2  # five batches a point
+    assert [*drawn[0].get_ydata()] == [3, 8]
     legend = {text.get_text(): line for text, line in zip(figure.legends[0].texts, figure.legends[0].get_lines())}
     colours = {name: line.get_color() for name, line in legend.items() if name.strip()}
     assert colours == {
@@ -674,6 +708,17 @@ def test_figure(here, monkeypatch):
     }
     dashes = plot.styles(runs)["dashes"]
     assert dashes["ac-m1"] != dashes["ac-m80"] and dashes["stac-released-m1"] != dashes["stac-x"]
+    plot.plt.close("all")
+
+
+def test_lines_are_interquartile_means(monkeypatch):
+    runs = table_of(
+        *(("Hopper-v4", "sac", seed, {10: value}) for seed, value in enumerate([0, 1, 2, 100])), family="SAC"
+    )
+    monkeypatch.setattr(plot.plt.Figure, "savefig", lambda *args, **options: None)
+    plot.draw(runs, "figure3.png", "return", "return", plot.LINES)
+    (line,) = (line for axes in plot.plt.gcf().axes for line in axes.lines if len(line.get_xdata()))
+    assert [*line.get_ydata()] == [1.5]
     plot.plt.close("all")
 
 
@@ -750,6 +795,30 @@ def test_the_committed_runs_in_the_figure():
     assert found["ac-m80"] == found["ac-1.15x-m80"] == []
 
 
+def test_the_committed_tables_are_those_of_the_committed_runs(here, monkeypatch, capsys):
+    """But for the intervals, which take a minute; and the figures are of these runs, in what they should show."""
+    folder = ROOT / "benchmark" / "results"
+    for name in ("curves.csv", "flags.json", "stac_ac_rates.csv"):
+        shutil.copy(folder / name, here)
+    drawn = []
+    monkeypatch.setattr(plot, "interval", lambda *arguments: (0.0, 0.0))
+    monkeypatch.setattr(plot, "draw", lambda runs, *how: drawn.append((len(runs), *how)))
+    monkeypatch.setattr(rates, "draw", lambda *arguments: None)
+    main(monkeypatch, capsys, "nothing", "--out", ".", "--add")
+    monkeypatch.setattr(sys, "argv", ["rates.py", "."])
+    rates.main()
+    for name in ("table.md", "stac_ac_rates.md"):
+        found, committed = (re.sub(r"\([^()]*\)", "()", (path / name).read_text()) for path in (Path(), folder))
+        assert found.splitlines() == committed.splitlines()
+    for name in ("curves.csv", "flags.json"):  # AC's runs on MuJoCo stay out of them
+        assert Path(name).read_bytes() == (folder / name).read_bytes()
+    middle = {"estimator": "median", "errorbar": ("pi", 100)}
+    expected = [(Path("figure3.png"), "return", "return", plot.LINES)]
+    expected += [(Path("terms.png"), "ratio", "|implicit| / |direct|", middle, "log")]
+    assert [call[1:] for call in drawn] == expected
+    assert min(call[0] for call in drawn) > len(pd.read_csv("curves.csv"))
+
+
 def main(monkeypatch, capsys, *options):
     monkeypatch.setattr(sys, "argv", ["plot.py", *options])
     plot.main()
@@ -793,6 +862,13 @@ def test_command_line(here, capsys, monkeypatch):
 
 
 # rates.py
+def test_an_unknown_arm_is_not_left_out(here):
+    row = {"environment": "E", "noise": 0.0, "m": 1, "arm": "STAC, other", "rate": 0.1, "seed": 1, "step": 1}
+    pd.DataFrame([row | {"return": 0.0, "ratio": 1.0, "cosine": 1.0}]).to_csv("stac_ac_rates.csv", index=False)
+    with pytest.raises(SystemExit, match="unknown arms: STAC, other"):
+        rates.read("stac_ac_rates.csv")
+
+
 def test_rates(here, monkeypatch, capsys):
     """The best rate is chosen by the seeds up to 10, and the others are compared."""
     study = []

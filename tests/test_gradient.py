@@ -205,6 +205,15 @@ def test_log_std_is_bounded(output, log_std):
     assert float(log_prob) == pytest.approx(-log_std - math.log(2 * math.pi) / 2, rel=1e-12)
 
 
+def test_the_critic_sees_the_unit_box(script):
+    """Also of a box that is not symmetric."""
+    critic = script.Critic(SPACES[0], gym.spaces.Box(-2.0, 1.0, (2,)))
+    inputs = []
+    critic.q1.register_forward_pre_hook(lambda module, x: inputs.append(x[0]))
+    critic(torch.zeros(2, 3), torch.tensor([[-2.0, -2.0], [1.0, 1.0]]))
+    assert inputs[0][:, 3:].tolist() == [[-1, -1], [1, 1]]
+
+
 @pytest.mark.parametrize("player", ["none", *PLAYERS])
 def test_units_of_the_actions_do_not_matter(script, player):
     """The same task in other units: the same costs and gradients."""

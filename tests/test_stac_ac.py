@@ -25,6 +25,7 @@ import torch.nn as nn
 from gymnasium.spaces import Box, Discrete
 from point_env import Point
 from runs import assert_same_weights, checkpoint, command, files, finish, flags, run_main, scalars, weights
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import stac_ac
 
@@ -131,6 +132,15 @@ def test_same_seed_same_run(kind, leader):
     with pytest.raises(AssertionError):
         assert_same_weights(first, stac_ac.train(dataclasses.replace(run, seed=2)))
     assert first.name.split("__")[1] == {"actor": "stac-al", "none": "ac"}[leader]
+
+
+def test_lam_decay_reaches_the_gradient():
+    """λ that has gone at the first batch is λ = 0."""
+    run = args(total_timesteps=400, policy_lr=1e-3, lam=50.0)
+    decayed = stac_ac.train(dataclasses.replace(run, lam_decay=1e-3))
+    assert_same_weights(decayed, stac_ac.train(dataclasses.replace(run, lam=0.0)))
+    with pytest.raises(AssertionError):
+        assert_same_weights(decayed, stac_ac.train(run))
 
 
 def test_saving_does_not_change_the_run():
@@ -358,6 +368,7 @@ BAD = {
     "no checkpoints": (["--checkpoint-every", "0"], "--checkpoint-every"),
     "no episodes": (["--eval-episodes", "0", "--evaluate", "model.pt"], "--eval-episodes"),
     "no folder": (["--run-dir", ""], "--run-dir"),
+    "no model": (["--evaluate", "", "--env-id", "point_env:TwoBoxes-v0"], "--evaluate"),
     "evaluate of nothing": (["--evaluate", "no/such/model.pt"], "no/such/model.pt"),
     "one start state for a Q critic": (["--start-states", "released", "--critic", "q"], "--critic v"),
     "video of the training": (["--capture-video"], "--evaluate"),
@@ -369,6 +380,37 @@ def test_bad_input(here, case, monkeypatch):
     line, expected = BAD[case]
     assert expected in refused(run_main, stac_ac, monkeypatch, *line)
     assert list(here.iterdir()) == []
+
+
+def test_edge_values_are_accepted():
+    stac_ac.check_args(stac_ac.Args(critic="q", leader="none"))  # it has no start states
+    edges = {"gamma": 1.0, "gae_lambda": 1.0, "lam": 0.0, "cg_tol": 0.0, "policy_lr": 0.0, "critic_lr": 0.0}
+    stac_ac.check_args(stac_ac.Args(seed=0, num_steps=800_000, **edges))
+    stac_ac.check_args(stac_ac.Args(seed=2**31 - 1, gamma=0.0, gae_lambda=0.0, cg_tol=1.0))
+
+
+def test_the_defaults():
+    """The released code's on CartPole, but for λ, which is the paper's for MuJoCo."""
+    run = stac_ac.Args()
+    assert (run.leader, run.critic, run.curvature, run.start_states) == ("actor", "v", "hessian", "released")
+    assert (run.lam, run.lam_decay, run.unroll, run.cg_iters, run.cg_tol) == (500, None, 1, 10, 0.01)
+    assert (run.policy_lr, run.critic_lr, run.grad_noise, run.norm_adv) == (0.1, 0.01, 0, True)
+    assert (run.num_steps, run.gamma, run.gae_lambda, run.hidden) == (4000, 0.99, 0.97, (64, 32))
+
+
+def test_what_a_run_begins_with():
+    run = args(total_timesteps=200, policy_lr=0.0, critic_lr=0.0, hidden=(7,), grad_noise=0.0)
+    for critic in ("v", "q"):
+        state = checkpoint(stac_ac.train(dataclasses.replace(run, critic=critic)))
+        assert len(state["actor"]["net.0.bias"]) == len(state["critic"][f"{critic}.0.bias"]) == 7
+        assert state["actor"]["log_std"].tolist() == [-0.5, -0.5]
+    other = checkpoint(stac_ac.train(dataclasses.replace(run, critic="q", seed=2)))
+    for net in ("actor", "critic"):  # no step was taken: the networks' own start
+        for name, value in other[net].items():
+            assert value.dim() == 1 or not torch.equal(value, state[net][name])
+    state = checkpoint(stac_ac.train(dataclasses.replace(run, policy_lr=0.02, critic_lr=0.03)))
+    rates = [state[f"{net}_optimizer"]["param_groups"][0]["lr"] for net in ("actor", "critic")]
+    assert rates == [0.02, 0.03]
 
 
 @pytest.mark.parametrize(
@@ -417,6 +459,18 @@ def test_start_progress_and_end_without_a_terminal(monkeypatch, capsys):
     assert err == ""
     stac_ac.train(args(leader="none", total_timesteps=200, run_dir="plain"))
     assert capsys.readouterr().out.startswith("ac on point_env:Point-v0, cpu, from step 0: plain\n")
+
+
+def test_speed_is_of_this_process(monkeypatch):
+    """Of a run that is carried on: the steps since then."""
+    run = args(total_timesteps=400, run_dir="run")
+    stac_ac.train(run)
+    clock = itertools.chain([0.0], itertools.repeat(10.0))
+    monkeypatch.setattr(stac_ac.time, "perf_counter", lambda: next(clock))
+    run_dir = stac_ac.train(dataclasses.replace(run, total_timesteps=600))
+    events = EventAccumulator(str(run_dir))
+    events.Reload()
+    assert events.Scalars("charts/SPS")[-1].value == pytest.approx(200 / 10)
 
 
 def test_a_clock_that_is_behind(capsys):
@@ -554,23 +608,39 @@ def test_a_policy_that_is_not_finite():
         assert "the policy's action is not finite" in refused(stac_ac.to_env, np.float32([0, number]), space)
 
 
-@pytest.mark.parametrize("spoiled, word", [("critic_loss", "number"), ("optimizer_step", "parameter")])
-def test_numbers_that_become_infinite(here, monkeypatch, spoiled, word):
+@pytest.mark.parametrize(
+    "spoiled, call, word",
+    [("critic_loss", 5, "number"), ("optimizer_step", 9, "parameter"), ("optimizer_step", 10, "parameter")],
+    ids=["loss", "critic", "actor"],
+)
+def test_numbers_that_become_infinite(here, monkeypatch, spoiled, call, word):
     """The run stops at that step; the checkpoint is from before it and has finite weights."""
     calls, original = [], getattr(stac_ac, spoiled)
 
     def spoiling(*arguments):
         calls.append(1)
         if spoiled == "critic_loss":
-            return original(*arguments) * (math.inf if len(calls) == 5 else 1)
+            return original(*arguments) * (math.inf if len(calls) == call else 1)
         optimizer, players_parameters, grads = arguments
-        original(optimizer, players_parameters, [g * (math.nan if len(calls) == 10 else 1) for g in grads])
+        original(optimizer, players_parameters, [g * (math.nan if len(calls) == call else 1) for g in grads])
 
     monkeypatch.setattr(stac_ac, spoiled, spoiling)
     message = refused(stac_ac.train, args(leader="none", unroll=1, checkpoint_every=200, run_dir="run"))
     assert f"step 1000: a {word} is not finite" in message
     state = checkpoint(here / "run")
-    assert state["global_step"] == 800 and all(value.isfinite().all() for value in state["actor"].values())
+    assert state["global_step"] == 800
+    assert all(value.isfinite().all() for net in ("actor", "critic") for value in state[net].values())
+
+
+def test_a_first_solve_that_breaks_down(monkeypatch):
+    """It keeps its start, 0, and all that is logged is finite: the leader would be a plain player."""
+    solve = stac_ac.conjugate_gradient
+
+    def broken(matvec, *arguments):
+        return solve(lambda v: matvec(v) * math.nan, *arguments)
+
+    monkeypatch.setattr(stac_ac, "conjugate_gradient", broken)
+    assert "the first solve met a number that is not finite" in refused(stac_ac.train, args())
 
 
 def test_an_implicit_term_that_becomes_infinite(monkeypatch):
@@ -619,9 +689,16 @@ def test_the_curves_are_of_the_update(monkeypatch):
     updates, original = [], stac_ac.stackelberg_update
 
     def recording(actor, critic, *arguments):
-        entropy = actor(arguments[2].obs).entropy().mean().item()
-        updates.append((entropy, *original(actor, critic, *arguments)))
-        return updates[-1][1:]
+        batch, run = arguments[2], arguments[4]
+        entropy = actor(batch.obs).entropy().mean().item()
+        # -J by (2), with what stands there for Q, and L: those of before the update
+        costs = [-critic.action_values(batch, run.gamma).mean().item()]
+        targets = stac_ac.estimate(actor, critic, batch, run).returns
+        costs.append(((critic(batch.obs) - targets) ** 2).mean().item())
+        found = original(actor, critic, *arguments)
+        assert [found[0].item(), found[1].item()] == pytest.approx(costs, rel=1e-5)
+        updates.append((entropy, *found))
+        return found
 
     monkeypatch.setattr(stac_ac, "stackelberg_update", recording)
     found = scalars(stac_ac.train(args(total_timesteps=600)))
@@ -630,8 +707,10 @@ def test_the_curves_are_of_the_update(monkeypatch):
         assert logged["losses/policy_loss"] == pytest.approx(f_actor.item())
         assert logged["losses/value_loss"] == pytest.approx(f_critic.item())
         assert logged["losses/entropy"] == pytest.approx(entropy)
-        assert logged["stackelberg/cg_residual"] == pytest.approx(info["residual"].item())
-        assert logged["stackelberg/implicit_norm"] == pytest.approx(info["implicit_norm"].item())
+        for name in ("direct_norm", "implicit_norm", "cosine", "negative_curvature"):
+            assert logged[f"stackelberg/{name}"] == pytest.approx(float(info[name]))
+        for name in ("residual", "iterations"):
+            assert logged[f"stackelberg/cg_{name}"] == pytest.approx(float(info[name]))
 
 
 def test_a_batch_without_the_end_of_an_episode(capsys):
@@ -652,7 +731,33 @@ def test_evaluate_plays_a_saved_model(kind, capsys, monkeypatch):
     returns = stac_ac.evaluate(*load_actor(run_dir, run), 3, 1, stac_ac.PLAY)
     assert out[0] == f"{run_dir / 'model.pt'} on {run.env_id}, seed 1"
     np.testing.assert_allclose([float(text.split()[-1]) for text in out[1:4]], returns, atol=0.01)
+    assert len(set(returns)) == 3 and stac_ac.TRAIN != stac_ac.PLAY
     assert len(out) == 5 and f"mean return {returns.mean():.2f} ± {returns.std():.2f}" in out[4]
+
+
+def test_evaluation_is_the_mean_policys_return():
+    """Undiscounted, without noise, added up by hand."""
+    env = stac_ac.make_env("point_env:Point-v0")
+    torch.manual_seed(0)
+    actor = stac_ac.Actor(env.observation_space, env.action_space, (8,))
+    expected = []
+    for episode in range(3):
+        position = torch.from_numpy(stac_ac.reset(env, 5, 6, episode))
+        total = 0.0
+        for _ in range(20):
+            mean = actor.net(position).detach()
+            position = (position + 0.2 * mean.clamp(-1, 1)).clamp(-2, 2)
+            total -= float(position @ position)
+        expected.append(total)
+    np.testing.assert_allclose(stac_ac.evaluate(actor, env, 3, 5, 6), expected, rtol=1e-5)
+
+
+def test_evaluate_plays_the_models_task(monkeypatch, capsys):
+    """Not the default one. Nobody swings up in 20 steps."""
+    run_dir = stac_ac.train(args(env_id="Acrobot-v1", max_episode_steps=20, total_timesteps=200))
+    capsys.readouterr()
+    run_main(stac_ac, monkeypatch, "--evaluate", run_dir / "model.pt", "--eval-episodes", 1)
+    assert "on Acrobot-v1, seed 1\nepisode 1: return -20.00\n" in capsys.readouterr().out
 
 
 def test_videos(monkeypatch):
@@ -697,11 +802,11 @@ def test_help_says_what_the_start_states_are(monkeypatch, capsys):
 
 
 class TestCollect:
-    def collect(self, env_id, num_steps, start=0):
+    def collect(self, env_id, num_steps, start=0, seed=1):
         env = stac_ac.make_env(env_id)
         torch.manual_seed(0)
         actor = stac_ac.Actor(env.observation_space, env.action_space, (8,))
-        return actor, *stac_ac.collect(env, actor, num_steps, 1, start)
+        return actor, *stac_ac.collect(env, actor, num_steps, seed, start)
 
     def test_trajectories(self):
         """Episodes of 20 steps, the last one cut; what follows a step is the next one's start."""
@@ -723,7 +828,8 @@ class TestCollect:
     def test_a_batch_depends_on_its_key_alone(self):
         first, second = (self.collect("point_env:Point-v0", 30, start=60)[1] for _ in range(2))
         assert torch.equal(first.obs, second.obs)
-        assert not torch.equal(first.obs, self.collect("point_env:Point-v0", 30, start=90)[1].obs)
+        for other in ({"start": 90}, {"start": 60, "seed": 2}):
+            assert not torch.equal(first.obs[0], self.collect("point_env:Point-v0", 30, **other)[1].obs[0])
 
     def test_the_batch_has_the_gaussians_actions_and_the_environment_clipped_ones(self):
         _, batch, _ = self.collect("point_env:Point-v0", 200)
@@ -933,6 +1039,9 @@ class TestSolver:
                 assert products == info["iterations"].item() and not info["negative_curvature"]
         assert products < 20
         assert self.solve(range(1, 21), b, max_iters=3)[3] == 3
+        # with a tolerance of 0 to what float64 can tell, not on and on
+        _, _, info, products = self.solve(range(1, 21), b, max_iters=1000, tol=0.0)
+        assert 0 < info["residual"] < 1e-14 and products < 100 and not info["negative_curvature"]
 
     def test_negative_curvature(self):
         """It stops and keeps what it has: on -I the start."""
@@ -1046,6 +1155,12 @@ class TestUpdate:
             n = len(noise)
             assert abs(noise.mean()) < 5 * 0.5 / n**0.5
             assert noise.std().item() == pytest.approx(0.5, rel=5 / (2 * n) ** 0.5)
+
+    def test_noise_on_every_step_of_the_critic(self, monkeypatch):
+        """What makes the noise makes zeros here, and nobody moves."""
+        monkeypatch.setattr(stac_ac, "with_noise", lambda grads, std: [0 * g for g in grads])
+        actor_step, critic_step, _ = self.update(unroll=3)
+        assert (actor_step == 0).all() and (critic_step == 0).all()
 
     def test_large_lam_is_leader_none(self):
         torch.testing.assert_close(self.update(lam=1e12)[0], self.update(leader="none")[0])

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 import stsac
 import toy_game
@@ -214,6 +215,14 @@ def test_simulate_updates_both_players_at_the_same_point():
             assert (theta[k + 1, run], w[k + 1, run]) == pytest.approx(expected, rel=1e-13)
 
 
+def test_the_critics_rate():
+    """The first step, of which θ has its own."""
+    for result in toy_game.simulate_toy(toy_game.Args(steps=2, w_lr=0.5)):
+        assert result.critic[1] == pytest.approx(1 - 0.5 * toy_game.grad_w_L(-1.0, 1.0, C))
+        step = 0.01 * toy_game.stackelberg_direction(-1.0, 1.0, result.lam, C)
+        assert result.actor[1] == pytest.approx(-1 + step)
+
+
 def test_squared_error():
     theta, w = np.array([1.0, 2.0]), np.array([3.0, -4.0])
     np.testing.assert_array_equal(toy_game.squared_error(theta, w), [10, 20])
@@ -331,7 +340,7 @@ def test_all_figures_are_written(user):
 def test_what_figures_show(results, monkeypatch):
     figures = {}
     monkeypatch.setattr(toy_game, "save_figure", lambda figure, args, name: figures.update({name: figure}))
-    args = toy_game.Args(**{**SMALL, "steps": 50_000})
+    args = toy_game.Args(**{**SMALL, "steps": 50_000, "peak": 0.8})
     toy_game.draw_toy(args, results)
     toy_game.sac(args)
     toy_game.theorem2(args)
@@ -365,9 +374,21 @@ def test_what_figures_show(results, monkeypatch):
     variance = figures["theorem2"].axes[1].lines[-1]
     iterate, values = variance.get_xydata().T
     assert variance.get_label() == "variance of w from its noise" and (iterate[0], iterate[-1]) == (2, 50)
-    np.testing.assert_allclose(values, args.noise**2 * (iterate + 8) ** -0.6)  # noise² α_w, as p = 1/2
+    np.testing.assert_allclose(values, args.noise**2 * (iterate + 8) ** -0.6 / (4 * args.peak**2))  # ∇_w²L = 2 p²
     # one run in Figure 2, all in Figure 6; beside them the start and the equilibrium
     assert [len(figures[name].axes[0].lines) - 2 for name in ("figure2", "figure6")] == [1, args.sac_runs]
+    one, first = (figures[name].axes[0].lines[0].get_xydata() for name in ("figure2", "figure6"))
+    np.testing.assert_array_equal(one, first)
+    errors, returns = figures["figure7"].axes  # they begin at (-1, 1)
+    assert errors.lines[0].get_ydata()[0] == 2
+    assert returns.lines[0].get_ydata()[0] == pytest.approx(-args.sac_reward_scale * np.tanh(-1) ** 2)
+    # Theorem 2: the arrows are those around its own equilibrium, and curves have the quartiles as their bands
+    (arrows,) = figures["theorem2"].axes[0].collections
+    d_theta, d_w = toy_game.vector_field(*toy_game.grid(0.8, 0.45 * 0.8), 0.0, C, 0.8)
+    np.testing.assert_allclose(np.arctan2(arrows.V, arrows.U), np.arctan2(d_w, d_theta).ravel(), atol=1e-12)
+    ax = Figure().subplots()
+    toy_game.draw_curves(ax, "", "", "linear", results[:1], [np.arange(5.0)[None]])
+    assert ax.lines[0].get_ydata()[0] == 2 and {*ax.collections[0].get_paths()[0].vertices[:, 1]} == {1, 3}
 
 
 # The command line

@@ -3,6 +3,7 @@
 import copy
 import functools
 import inspect
+import itertools
 import math
 import os
 import re
@@ -102,6 +103,10 @@ def test_same_seed_same_run(here, script, leader):
     assert one != same  # a folder of its own, even within one second
     assert_same_weights(one, same)
     assert scalars(one) == scalars(same)
+    state = checkpoint(one)
+    for name, value in weights(one).items():
+        net, parameter = name.split(".", 1)
+        assert torch.equal(value, state[net][parameter])  # not its target network's
     other = script.train(args(script, leader=leader, seed=2, total_timesteps=90))
     assert not any(torch.equal(a, b) for a, b in zip(weights(one).values(), weights(other).values()) if a.dim() == 2)
 
@@ -160,6 +165,7 @@ def test_the_same_command_begins_carries_on_after_a_kill_and_ends(here, script, 
     assert code == -signal.SIGKILL
     killed = here / "killed"
     assert checkpoint(killed)["global_step"] == 120
+    assert len(checkpoint(killed)["buffer"]["data"][0]) == 100
     assert not (killed / "model.pt").exists()
     next_second()
     capsys.readouterr()
@@ -571,6 +577,38 @@ def test_a_time_limit_is_not_an_end(here, script):
         assert state["episode"] == episodes
 
 
+def test_what_a_run_begins_with(here, script):
+    """Targets that are copies, and each optimizer's own rate."""
+    run = args(script, total_timesteps=20, update_after=100, policy_lr=2e-3, q_lr=5e-3)
+    state = checkpoint(script.train(run))
+    targets = [name for name in state if name.startswith("target_")]
+    assert "target_critic" in targets
+    for name in targets:
+        for parameter, value in state[name.removeprefix("target_")].items():
+            assert torch.equal(state[name][parameter], value)
+    assert [state[f"{name}_optimizer"]["param_groups"][0]["lr"] for name in ("actor", "q")] == [2e-3, 5e-3]
+
+
+def test_the_defaults(script):
+    """The paper's, Appendix E, and where it is silent Spinning Up's; tests and launchers give most of them anew."""
+    run = script.Args()
+    assert (run.leader, run.curvature, run.precondition, run.unroll) == ("actor", "hessian", True, 1)
+    assert (run.lam, run.lam_decay, run.cg_iters, run.cg_tol) == (500, None, 10, 0.01)
+    assert (run.gamma, run.tau, run.policy_lr, run.q_lr, run.hidden) == (0.99, 0.005, 1e-3, 1e-3, (256, 256))
+    assert (run.batch_size, run.buffer_size, run.start_steps, run.update_after) == (100, 10**6, 10_000, 1000)
+    assert run.alpha == 0.2 if script is stsac else run.exploration_noise == 0.1
+
+
+@pytest.mark.filterwarnings("ignore:.*share an object")
+def test_the_first_batch_of_each_process_is_checked(here, script, monkeypatch):
+    """Also that of a run that is carried on: its script can have been edited."""
+    calls = record(monkeypatch, script, "check_first_batch")
+    run = args(script, update_after=0, run_dir="run")
+    script.train(run)
+    script.train(replace(run, total_timesteps=140))
+    assert len(calls) == 2
+
+
 # What reaches the update
 def test_lam_decay_and_fresh_batches_reach_the_update(here, script, monkeypatch):
     signature = inspect.signature(script.stackelberg_update)
@@ -634,6 +672,8 @@ def test_tensorboard(here, script, monkeypatch):
         for name in ("residual", "iterations"):
             assert found[f"stackelberg/cg_{name}"][step] == pytest.approx(float(info[name]))
         assert found["stackelberg/lam"][step] == pytest.approx(500 * math.exp(-step / 100))
+        if script is stsac:
+            assert found["losses/alpha"][step] == pytest.approx(float(calls[step - 90][0][3]))
     assert list(found["charts/episodic_return"]) == list(range(20, 201, 20))
     assert set(found["charts/episodic_length"].values()) == {20}
     rewards = checkpoint(run_dir)["buffer"]["data"][2]
@@ -645,6 +685,18 @@ def test_tensorboard(here, script, monkeypatch):
     text = events.Tensors("hyperparameters/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "|leader|actor|" in text
     assert "|lam|500.0|" in text
+
+
+def test_speed_is_of_this_process(here, script, monkeypatch):
+    """Of a run that is carried on: the steps since then."""
+    run = args(script, total_timesteps=100, run_dir="run")
+    script.train(run)
+    clock = itertools.chain([0.0], itertools.repeat(10.0))
+    monkeypatch.setattr(script.time, "perf_counter", lambda: next(clock))
+    run_dir = script.train(replace(run, total_timesteps=200))
+    events = EventAccumulator(str(run_dir))
+    events.Reload()
+    assert events.Scalars("charts/SPS")[-1].value == pytest.approx(100 / 10)
 
 
 def test_the_plain_algorithm_has_no_game(here, script):
@@ -729,6 +781,7 @@ def test_bad_input_from_the_shell(here):
 
 
 NUMBERS = {
+    "--curvature": ["gauss-newton --lam 0", "gauss-newton --leader critic"],
     "--lam": ["-1", "nan", "inf", "1e300"],
     "--policy-lr": ["-1", "nan", "inf", "1e300"],
     "--q-lr": ["-1", "nan", "inf", "1e300"],
@@ -746,18 +799,24 @@ NUMBERS = {
 POSITIVE = "eval-every eval-episodes checkpoint-every max-episode-steps total-timesteps buffer-size batch-size unroll"
 NUMBERS |= {f"--{name}": ["0", "-1"] for name in f"{POSITIVE} cg-iters".split()}
 OF_ONE = {
-    stsac: {"--alpha": ["-1", "nan", "inf"], "--curvature": ["gauss-newton --leader critic"]},
+    stsac: {"--alpha": ["-1", "nan", "inf"]},
     stddpg: {"--exploration-noise": ["-1", "nan", "inf"], "--target-policy": ["--leader critic"]},
 }
 
 
 def test_values_that_no_run_can_have(here, script, monkeypatch):
     """One line that names the flag, before anything is made."""
-    for flag, values in {**NUMBERS, **OF_ONE[script], "--curvature": ["gauss-newton --lam 0"]}.items():
+    for flag, values in (NUMBERS | OF_ONE[script]).items():
         for value in values:
             message = error_of(run_main, script, monkeypatch, flag, *(value.split() or [""]))
             assert flag in message
     assert list(here.iterdir()) == []
+
+
+def test_edge_values_are_accepted(script):
+    edges = {"seed": 0, "gamma": 1.0, "tau": 1.0, "start_steps": 0, "update_after": 0, "policy_lr": 0.0, "q_lr": 0.0}
+    script.check_args(args(script, lam=0.0, cg_tol=1.0, **edges))
+    script.check_args(args(script, seed=2**31 - 1, gamma=0.0, tau=0.0, cg_tol=0.0))
 
 
 TASKS = {
@@ -837,6 +896,10 @@ def test_actions_stay_in_the_box(here, script, side, monkeypatch):
     actions = checkpoint(script.train(run))["buffer"]["data"][1]
     bound = torch.tensor([[-1.4, -0.3], [0.8, 0.9]][side > 0])
     assert (actions[60:] == bound).all(1).any()
+    # the random ones fill the box, which is not symmetric
+    for random_ones, low, high in zip(actions[:50].T, (-1.4, -0.3), (0.8, 0.9)):
+        tenth = (high - low) / 10
+        assert low <= random_ones.min() < low + tenth and high - tenth < random_ones.max() <= high
 
 
 @pytest.mark.filterwarnings("ignore:.*maximum and minimum values are equal")
@@ -937,18 +1000,18 @@ def test_implicit_term_that_is_not_finite(here, script, monkeypatch):
     assert "norm of the implicit term nan" in message
 
 
-def test_parameters_that_are_not_finite_are_not_saved(here, script, monkeypatch):
+@pytest.mark.parametrize("bad", [61, 62], ids=["critic", "actor"])
+def test_parameters_that_are_not_finite_are_not_saved(here, script, monkeypatch, bad):
     """Finite costs can have gradients that are not: the checkpoint before them stays."""
     optimizer_step = script.optimizer_step
     calls = []
 
     def spoiling(optimizer, parameters, grads):
         calls.append(1)
-        optimizer_step(optimizer, parameters, [g * (math.nan if len(calls) == 62 else 1) for g in grads])
+        optimizer_step(optimizer, parameters, [g * (math.nan if len(calls) == bad else 1) for g in grads])
 
-    monkeypatch.setattr(
-        script, "optimizer_step", spoiling
-    )  # two steps an update: the last before step 120's checkpoint
+    # two steps an update: the last ones before step 120's checkpoint
+    monkeypatch.setattr(script, "optimizer_step", spoiling)
     message = error_of(script.train, args(script, leader="none", run_dir=str(here / "run")))
     assert "step 120: a parameter is not finite" in message
     assert checkpoint(here / "run")["global_step"] == 80
@@ -957,7 +1020,7 @@ def test_parameters_that_are_not_finite_are_not_saved(here, script, monkeypatch)
 # Evaluation, video, Weights & Biases
 def test_evaluate_plays_a_saved_model(here, script, capsys, monkeypatch):
     """One line an episode and one of the mean: the saved model's returns, in episodes that training did not use."""
-    run_dir = script.train(args(script))
+    run_dir = script.train(args(script, eval_every=120))
     capsys.readouterr()
     run_main(script, monkeypatch, "--evaluate", run_dir / "model.pt", "--eval-episodes", 4, "--env-id", POINT)
     first, *lines, mean = capsys.readouterr().out.splitlines()
@@ -967,6 +1030,16 @@ def test_evaluate_plays_a_saved_model(here, script, capsys, monkeypatch):
     assert mean == f"mean return {returns.mean():.2f} ± {returns.std():.2f} over 4 episodes"
     assert len(set(returns)) == 4
     assert len({script.TRAIN, script.EVAL, script.PLAY}) == 3
+    last = script.evaluate(*load_actor(script, run_dir), 2, 1, script.EVAL, 120)  # the run's own evaluation
+    assert scalars(run_dir)["eval/episodic_return"] == {120: pytest.approx(last.mean(), rel=1e-5)}
+
+
+def test_evaluate_plays_the_models_task(here, script, monkeypatch):
+    """Not the default one."""
+    run_dir = script.train(args(script, env_id="Pendulum-v1", max_episode_steps=20))
+    made = record(monkeypatch, script, "make_env")
+    run_main(script, monkeypatch, "--evaluate", run_dir / "model.pt", "--eval-episodes", 1)
+    assert [arguments[:2] for arguments, _ in made] == [("Pendulum-v1", 20)]
 
 
 def test_evaluation_is_the_mean_policys_return(script):
@@ -1035,7 +1108,8 @@ def test_weights_and_biases(here, script, monkeypatch):
     shutil.rmtree("b/run")
     script.train(args(script, track=True, run_dir="b/run", total_timesteps=20))
     assert len({call["id"] for call in calls}) == 4
-    assert all(call["sync_tensorboard"] for call in calls)
+    for call in calls:
+        assert call["sync_tensorboard"] and call["resume"] == "allow" and call["config"]["lam"] == 500
 
 
 @pytest.mark.slow
