@@ -157,6 +157,8 @@ def make_env(env_id, max_episode_steps=None, video_folder=None, video_every=1):
     bounded = isinstance(act_space, gym.spaces.Box) and len(act_space.shape) == 1 and act_space.is_bounded()
     if not isinstance(obs_space, gym.spaces.Box) or not bounded:
         stop(f"{env_id} needs flat observations and actions in a bounded 1-d Box, not {obs_space} and {act_space}")
+    if env.spec is None:
+        stop("the environment needs a spec: register it, and make it by gym.make")
     if env.spec.max_episode_steps is None:
         stop(f"{env_id} has no time limit, so an evaluation may never end: --max-episode-steps 1000 sets one")
     if video_folder:
@@ -528,6 +530,7 @@ def player_gradients(actor, critic, target_critic, batch, alpha, lam, args):
 # Update
 def optimizer_step(optimizer, parameters, grads):
     """One step of an optimizer along given gradients (here is the place to clip them)."""
+    optimizer.zero_grad()  # what you freeze during a run would go on along its last gradient
     for p, g in zip(parameters, grads, strict=True):
         p.grad = g.detach()
     optimizer.step()
@@ -988,18 +991,43 @@ def update_scalars(f_actor, f_critic, info, lam):
 
 
 # Training
+def check_targets(actor, critic, target_critic, batch, alpha, args):
+    """Refuses targets y that depend on w, and, where somebody leads, those whose Q does not depend on θ.
+
+    It changes the networks that it gets.
+    """
+    with torch.no_grad():
+        for p in trainable(actor):
+            p.mul_(0.01)  # at its bounds a policy does not move Q, and that is no mistake
+    batch = batch._replace(terminated=torch.zeros_like(batch.terminated))
+    _, _, y = critic_cost(actor, critic, target_critic, batch, 0 * alpha, args)  # the entropy moves with θ in any case
+    if not y.requires_grad:
+        return
+    theta = trainable(actor)
+    grads = torch.autograd.grad(y.sum(), [*theta, *trainable(critic)], allow_unused=True)
+    if any(g is not None for g in grads[len(theta) :]):
+        stop("the targets depend on the critic's own parameters: they have to be of the target network")
+    if args.leader != "none" and not any(g is not None and g.any() for g in grads[: len(theta)]):
+        stop("the leader cannot influence the follower: Q in the targets does not depend on θ (no_grad or detach?)")
+
+
 def check_first_batch(nets, batch, alpha, lam, args):
     """Ends the run in one line if this leader and curvature cannot work with these networks and losses."""
     nets = copy.deepcopy(nets)  # a pass may change buffers and draws noise: neither is to touch the run
     actor, critic, target_critic = nets
     if set(actor.parameters()) & set(critic.parameters()):
         stop("actor and critic share parameters, so they are no two players")
+    if set(critic.parameters()) & set(target_critic.parameters()):
+        stop("the critic shares parameters with its target network, where they are frozen")
+    if not (trainable(actor) and trainable(critic)):
+        stop("all parameters of a player are frozen")
     with torch.random.fork_rng([batch.obs.device] if batch.obs.is_cuda else []):
         *_, info = player_gradients(*nets, batch, alpha, lam, args)
         if "residual" in info and info["residual"].isinf():
             stop("the first solve met a number that is not finite, and the leader would be a plain player")
         if needs_jacobian(args):
             check_gauss_newton(actor, critic, target_critic, batch, alpha, args)
+        check_targets(actor, critic, target_critic, batch, alpha, args)
 
 
 def train(args):

@@ -214,7 +214,8 @@ def test_a_killed_run_is_carried_on_bit_for_bit(script, tmp_path):
     killed = subprocess.run(parts, env=environment | {"POINT_KILL_AT": "300"}, check=False)
     assert killed.returncode == -signal.SIGKILL
     assert (tmp_path / "parts/checkpoint.pt").exists()
-    subprocess.run(parts, env=environment, check=True)
+    carried_on = subprocess.run(parts, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+    assert f", {DEVICE}, from step " in carried_on and ", from step 0:" not in carried_on
     models = [torch.load(tmp_path / name / "model.pt", weights_only=True) for name in ("whole", "parts")]
     for player in ("actor", "critic"):
         for name, p in models[0][player].items():

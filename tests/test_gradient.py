@@ -103,10 +103,9 @@ def test_large_lam_is_the_plain_algorithm(script, player):
     assert plain[4].keys() <= {"qs", "y"}
     near, far = (game.gradients(lam, **PLAYERS[player])[4]["implicit_norm"] for lam in (1e6, 1e9))
     assert near / far == pytest.approx(1e3, rel=1e-3)
-    for lam in (1e30, math.inf):
-        limit = game.gradients(lam, **PLAYERS[player])
-        for k in (2, 3):
-            assert relative_error(vector(limit[k]), vector(plain[k])) < 1e-14
+    limit = game.gradients(1e30, **PLAYERS[player])
+    for k in (2, 3):
+        assert relative_error(vector(limit[k]), vector(plain[k])) < 1e-14
 
 
 @pytest.mark.parametrize("lam", [0.0, 1e-6])
@@ -121,11 +120,9 @@ def test_stops_at_negative_curvature(script, leader):
     found = []
     for seed in range(5):
         game = Game(script, seed=seed)
-        hessian = game.dense(leader)[3]
         _, _, grad_theta, grad_w, info = game.gradients(0.0, leader=leader, precondition=False, cg_iters=50)
         assert vector([*grad_theta, *grad_w]).isfinite().all()
         assert not info["residual"].isnan()
-        assert not info["negative_curvature"] or torch.linalg.eigvalsh(hessian)[0] < 1e-9
         found.append(bool(info["negative_curvature"]))
     assert any(found)
 
@@ -149,7 +146,7 @@ def test_target_depends_on_theta(script, alpha):
 
 def test_losses_are_the_papers(script):
     """(7) to (10), sample by sample: the smaller Q network, the entropy, a bootstrap but where an episode has ended."""
-    game = Game(script)
+    game = Game(script, seed=2)
     costs = game.costs()
     torch.manual_seed(3)
     values = []
@@ -159,7 +156,9 @@ def test_losses_are_the_papers(script):
         if script is stsac:
             actions, log_prob = actions
             entropy = -0.3 * log_prob
-        values.append(torch.stack(as_tuple(critic(obs, actions))).amin(0) + entropy)
+        qs = torch.stack(as_tuple(critic(obs, actions)))
+        assert len(qs) == 1 or 0 < (qs[0] < qs[1]).sum() < 12  # each is the smaller one somewhere
+        values.append(qs.amin(0) + entropy)
     assert costs.y.shape == (12,)
     assert 0 < game.batch.terminated.sum() < 12
     for i in range(12):
@@ -173,9 +172,12 @@ def test_losses_are_the_papers(script):
 
 # Policies
 def test_log_prob_is_a_density_on_the_unit_box():
-    """∫ π(a|s) da = 1 over [-1, 1], and the samples' log π is the change of variables' one, whatever the bounds."""
+    """∫ π(a|s) da = 1 over [-1, 1], and the samples' log π is the change of variables' one, whatever the bounds.
+
+    The samples are Gaussian, independent from axis to axis, before they are squashed.
+    """
     torch.manual_seed(0)
-    actor = stsac.Actor(SPACES[0], gym.spaces.Box(-2.0, 1.0, (1,)), (8,)).double()
+    actor = stsac.Actor(SPACES[0], gym.spaces.Box(-2.0, 1.0, (2,)), (8,)).double()
     obs = torch.randn(3).double().expand(4000, 3)
     with torch.no_grad():
         mean, log_std = actor.net(obs[0]).chunk(2)
@@ -189,9 +191,14 @@ def test_log_prob_is_a_density_on_the_unit_box():
             normal = torch.distributions.Normal(mean, log_std.exp())
             return normal.log_prob(torch.atanh(a)).exp() / (1 - a**2)
 
-        torch.testing.assert_close(density((action + 0.5) / 1.5)[:, 0].log(), log_prob, rtol=1e-6, atol=1e-6)
+        unit = (action + 0.5) / 1.5
+        torch.testing.assert_close(density(unit).log().sum(1), log_prob, rtol=1e-6, atol=1e-6)
         grid = torch.linspace(-1, 1, 20001, dtype=torch.float64)[1:-1, None]
-        assert torch.trapezoid(density(grid)[:, 0], grid[:, 0]) == pytest.approx(1, abs=1e-3)
+        for axis in density(grid).T:
+            assert torch.trapezoid(axis, grid[:, 0]) == pytest.approx(1, abs=1e-3)
+        noise = (torch.atanh(unit) - mean) / log_std.exp()  # standard errors of 1/√4000 = 0.016
+        assert noise.mean(0).abs().max() < 0.08
+        torch.testing.assert_close(torch.cov(noise.T), torch.eye(2).double(), rtol=0, atol=0.1)
 
 
 @pytest.mark.parametrize("output, log_std", [(10.0, 2.0), (1.0, 1.0), (-50.0, -20.0)])
@@ -266,22 +273,26 @@ def test_update_is_algorithm_2(script, leader, target_policy, unroll):
         y = script.td_target(policy, expected.target_critic, batch, GAMMA, *game.entropy)
         return script.critic_loss(expected.critic(batch.obs, batch.actions), y)
 
-    players = [(actor_cost, expected.theta), (critic_cost, expected.w)]
-    first_costs = [cost(batches[0]) for cost, _ in players]
+    first_actor_cost = actor_cost(batches[0])
+    first_critic_cost = critic_cost(batches[0])
     if leader == "critic":
-        players.reverse()
-        first_costs.reverse()
-    (_, x1), (cost2, x2) = players
-    f1, f2 = first_costs
+        x1, x2, f1, f2 = expected.w, expected.theta, first_critic_cost, first_actor_cost
+        follower_cost = actor_cost
+    else:
+        x1, x2, f1, f2 = expected.theta, expected.w, first_actor_cost, first_critic_cost
+        follower_cost = critic_cost
     gradient = torch.autograd.grad(f1, x1, retain_graph=True)
     if leader != "none":
         gradient, _ = script.stackelberg_gradient(f1, f2, x1, x2, 40.0, 50, 0.0)
+    # the follower: m steps
     for k, batch in enumerate(batches):
-        cost = f2 if k == 0 else cost2(batch)
+        cost = f2 if k == 0 else follower_cost(batch)
         for rate, (p, g) in enumerate(zip(x2, torch.autograd.grad(cost, x2)), 1):
             p.data -= 0.01 * rate * g
+    # the leader: one, along the gradient from above
     for rate, (p, g) in enumerate(zip(x1, gradient), 1):
         p.data -= 0.01 * rate * g
+    # the target networks
     followed = [(expected.target_critic, expected.critic)]
     if script is stddpg:
         followed.append((expected.target_actor, expected.actor))
@@ -311,9 +322,77 @@ def test_a_leader_that_cannot_influence_the_follower_is_an_error(script, player,
     """Targets under no_grad: the implicit term would be zero, and the algorithm silently the plain one."""
     game = Game(script)
     monkeypatch.setattr(script, "td_target", torch.no_grad()(script.td_target))
-    with pytest.raises(SystemExit, match="does not depend on") as error:
+    who = "its cost" if player == "critic" else "the follower's gradient"
+    with pytest.raises(SystemExit, match=f"{who} does not depend on") as error:
         game.check(5.0, **PLAYERS[player])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("player", PLAYERS)
+def test_targets_whose_q_is_cut_off_are_an_error(player, monkeypatch):
+    """SAC's entropy still moves with θ: without a word the implicit term would lose Q's part."""
+    td_target = stsac.td_target
+
+    def without_gradient(actor, target_critic, *rest):
+        return td_target(actor, torch.no_grad()(target_critic), *rest)
+
+    monkeypatch.setattr(stsac, "td_target", without_gradient)
+    for seed in range(3):
+        with pytest.raises(SystemExit, match="Q in the targets does not depend on θ"):
+            Game(stsac, seed=seed).check(5.0, **PLAYERS[player])
+    Game(stsac).check(5.0, leader="none")
+
+
+@pytest.mark.parametrize("player", ["none", *PLAYERS])
+def test_a_policy_at_its_bounds_is_no_error(script, player):
+    """There Q does not move with θ in float32."""
+    game = Game(script)
+    game.actor.net[-1].bias.data[:2] = 100
+    for net in game.nets:
+        net.float()
+    game.batch = script.Batch(*(column.float() for column in game.batch))
+    game.check(5.0, **PLAYERS.get(player, {"leader": "none"}))
+
+
+@pytest.mark.parametrize("player", ["none", *PLAYERS])
+def test_targets_of_the_critic_itself_are_an_error(script, player, monkeypatch):
+    """Without a target network the follower's gradient would have a part of its own targets."""
+    cost = script.critic_cost
+    monkeypatch.setattr(script, "critic_cost", lambda actor, critic, target, *rest: cost(actor, critic, critic, *rest))
+    words = "depend on the critic's own parameters|θ and w meet"
+    with pytest.raises(SystemExit, match=words):
+        Game(script).check(5.0, **PLAYERS.get(player, {"leader": "none"}))
+
+
+def test_a_player_that_is_frozen_is_an_error(script):
+    game = Game(script)
+    game.critic.requires_grad_(False)
+    with pytest.raises(SystemExit, match="all parameters of a player are frozen"):
+        game.check(5.0, leader="none")
+
+
+def test_an_encoder_shared_with_the_target_network_is_an_error(script):
+    """It is frozen there, and would never be trained."""
+    game = Game(script)
+    game.target_critic.q1 = game.critic.q1
+    with pytest.raises(SystemExit, match="shares parameters with its target network"):
+        game.check(5.0, leader="none")
+
+
+def test_what_is_frozen_during_a_run_stays(script):
+    """Its last gradient is not applied again."""
+    game = Game(script)
+    optimizers = [torch.optim.Adam(x) for x in (game.theta, game.w)]
+    moved = []
+    for _ in range(2):
+        before = [vector(net.parameters()).clone() for net in (game.actor.net[0], game.critic.q1[0], *game.nets[:2])]
+        lam = torch.tensor(5.0).double()
+        script.stackelberg_update(game.nets, optimizers, [game.batch], *game.entropy, lam, game.args())
+        after = [vector(net.parameters()) for net in (game.actor.net[0], game.critic.q1[0], *game.nets[:2])]
+        moved.append([not torch.equal(a, b) for a, b in zip(after, before)])
+        game.actor.net[0].requires_grad_(False)
+        game.critic.q1[0].requires_grad_(False)
+    assert moved == [[True] * 4, [False, False, True, True]]
 
 
 @pytest.mark.parametrize("player", PLAYERS)

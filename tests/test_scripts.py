@@ -24,7 +24,7 @@ DIFFERENT_IN = {
 }
 # copies from which something is deleted that the script does not need; the others are the same, word for word
 SHORTER_IN = {
-    "stddpg": {"evaluate"},
+    "stddpg": {"evaluate", "check_targets"},
     "stac_ac": {"conjugate_gradient", "stackelberg_gradient", "restore"},
     "toy_game": set(),
 }
@@ -32,7 +32,7 @@ SHORTER_IN = {
 OFF_POLICY = set(
     "to_box ReplayBuffer actor_loss td_target check_shape update_target RecordLayers refuse check_layers jacobians "
     "stack_rows rows jvp vjp tangent_kernel ridge_solver q_derivatives needs_jacobian gauss_newton_gradient "
-    "gauss_newton_preconditioner differ check_gauss_newton critic_cost".split()
+    "gauss_newton_preconditioner differ check_gauss_newton check_targets critic_cost".split()
 )
 
 

@@ -899,6 +899,7 @@ class TestCollect:
 
     CHANGED = {
         "no tanh": lambda self, obs: self.original(obs.tanh()),
+        "what does nothing at first": lambda self, obs: self.original(obs - self.mean),
         "a clamp that few observations meet": lambda self, obs: self.original(obs.clamp(max=0.95)),
         "temperature": lambda self, obs: stac_ac.Categorical(logits=self.original(obs).logits / 2),
         "another deviation": lambda self, obs: stac_ac.Independent(
@@ -910,6 +911,13 @@ class TestCollect:
     def test_a_forward_that_is_not_what_is_sampled(self, change, monkeypatch):
         """Never two policies: refused at the first batch."""
         monkeypatch.setattr(stac_ac.Actor, "original", stac_ac.Actor.forward, raising=False)
+        made = stac_ac.Actor.__init__
+
+        def with_statistics(self, *arguments):
+            made(self, *arguments)
+            self.register_buffer("mean", torch.zeros(2))
+
+        monkeypatch.setattr(stac_ac.Actor, "__init__", with_statistics)
         monkeypatch.setattr(stac_ac.Actor, "forward", self.CHANGED[change])
         env_id = "Compass-v0" if change == "temperature" else "Point-v0"
         message = refused(stac_ac.train, args(env_id=f"point_env:{env_id}"))
@@ -938,7 +946,7 @@ class TestCollect:
             actor, critic = stac_ac.Actor(SPACES[0], space, (8, 8)), stac_ac.Critic(SPACES[0])
             obs = 10 ** torch.linspace(-8, 20, 300).reshape(100, 3)
             actions = actor(obs).sample()
-            batch = stac_ac.Rollout(obs, actions, obs[:, 0], obs, None, None)
+            batch = stac_ac.Rollout(obs, actions, obs[:, 0], obs, None, torch.zeros(100, dtype=torch.int64))
             stac_ac.check_first_batch(actor, critic, batch)
 
 
@@ -1267,6 +1275,31 @@ class TestUpdate:
         """Not a zero, which would be the plain algorithm under another name."""
         monkeypatch.setattr(stac_ac, loss, self.SEVERED[loss])
         assert "the leader cannot influence the follower" in refused(self.update)
+
+    def test_what_is_frozen_during_a_run_stays(self):
+        """Its last gradient is not applied again."""
+        actor, critic, batch = self.make()
+        run = args(cg_iters=50, cg_tol=1e-3)
+        optimizers = torch.optim.Adam(actor.parameters()), torch.optim.Adam(critic.parameters())
+        stac_ac.stackelberg_update(actor, critic, *optimizers, batch, run.lam, run)
+        frozen = actor.net[0].requires_grad_(False), critic.v[0].requires_grad_(False)
+        before = [parameters(net) for net in (*frozen, actor, critic)]
+        stac_ac.stackelberg_update(actor, critic, *optimizers, batch, run.lam, run)
+        moved = [not torch.equal(parameters(net), old) for net, old in zip((*frozen, actor, critic), before)]
+        assert moved == [False, False, True, True]
+
+    def test_a_player_that_is_frozen(self):
+        actor, critic, batch = self.make()
+        assert "all parameters of a player are frozen" in refused(
+            stac_ac.check_first_batch, actor, critic.requires_grad_(False), batch
+        )
+
+    def test_trajectories_that_are_mixed(self):
+        """As of environments side by side."""
+        actor, critic, batch = self.make(n=60)
+        mixed = torch.arange(60).reshape(2, 30).T.reshape(-1)
+        batch = stac_ac.Rollout(*(column[mixed] for column in batch))
+        assert "not trajectory after trajectory" in refused(stac_ac.check_first_batch, actor, critic, batch)
 
     def test_players_that_share_parameters(self):
         actor, critic, batch = self.make()

@@ -68,14 +68,16 @@ def test_target_policy_takes_theta_out_of_the_target(here, monkeypatch):
 
 
 def test_exploration_noise_is_in_half_widths_of_the_box(here):
-    """None of it in evaluations; a quarter of the box for a standard deviation of 0.5."""
+    """A standard deviation of 0.5 is a quarter of the box, whatever its units; Narrow's half width is 1/16."""
     for noise in (0.0, 0.5):
         run = args(stddpg, exploration_noise=noise, total_timesteps=400, start_steps=0, update_after=500)
+        run.env_id = "point_env:Narrow-v0"
         run_dir = stddpg.train(run)
         state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
         obs, actions, *_ = state["buffer"]["data"]
         env = stddpg.make_env(run.env_id)
         actor = stddpg.Actor(env.observation_space, env.action_space, run.hidden)
         actor.load_state_dict(state["actor"])
-        found = (actions - actor(obs).detach()).std().item()
-        assert found == pytest.approx(noise, rel=0.1, abs=1e-6)
+        found = actions - actor(obs).detach()  # 800 numbers
+        assert found.std().item() == pytest.approx(noise / 16, rel=0.1, abs=1e-6)
+        assert found.mean().item() == pytest.approx(0, abs=5 * noise / 16 / 800**0.5 + 1e-6)

@@ -269,7 +269,7 @@ class TestEstimators:
             assert (found[name] - exact).norm() < 1e-8 * exact.norm(), name
 
     def test_converge(self, critic, start_states):
-        """On sampled trajectories: each entry within five standard errors, which shrink as the samples grow."""
+        """On sampled trajectories: each entry within five standard errors."""
         mdp, generator = MDP(critic), np.random.default_rng(1)
         exact = exact_derivatives(mdp, start_states)
         samples = {name: [] for name in exact}
@@ -278,15 +278,12 @@ class TestEstimators:
             for name, value in derivatives(f1, f2, f2, mdp.theta, mdp.w).items():
                 samples[name].append(value)
         for name, values in samples.items():
-            values, truth, last = torch.stack(values), exact[name], None
-            for n in (10, 40):
-                error = (values[:n].mean(0) - truth).abs()
-                bound = values.std(0) / n**0.5
-                # the ratio of two sums over 500 trajectories of random length has a bias of a few thousandths
-                assert (error < 5 * bound + 2e-3 * truth.abs().max()).all(), name
-                assert last is None or bound.norm() < 0.51 * last
-                last = bound.norm()
-            assert last < 0.12 * truth.norm(), name  # so the bounds above say something
+            values, truth = torch.stack(values), exact[name]
+            error = (values.mean(0) - truth).abs()
+            bound = values.std(0) / 40**0.5
+            # the ratio of two sums over 500 trajectories of random length has a bias of a few thousandths
+            assert (error < 5 * bound + 2e-3 * truth.abs().max()).all(), name
+            assert bound.norm() < 0.12 * truth.norm(), name  # so the bounds above say something
 
 
 def test_gae_is_exact():
@@ -310,7 +307,10 @@ def set_vector(params, values):
 
 
 def best_response(mdp, lam):
-    """Moves w to the minimum of L(θ, w) + (λ/2)‖w‖², by Newton's method with backtracking."""
+    """Moves w to the minimum of L(θ, w) + (λ/2)‖w‖², by Newton's method with backtracking.
+
+    The step is |H|⁻¹g, which descends where H is indefinite, too, and leaves flat directions alone.
+    """
 
     def cost():
         return mdp.L() + lam / 2 * sum((p**2).sum() for p in mdp.w)
@@ -320,7 +320,8 @@ def best_response(mdp, lam):
         g = vector(stac_ac.grad(before, mdp.w, create_graph=True))
         eigenvalues, vectors = torch.linalg.eigh(second(g, mdp.w))
         curved = eigenvalues.abs() > 1e-9  # a Q critic's bias and its inputs for the actions are one too many
-        newton = (vectors * curved / torch.where(curved, eigenvalues.abs(), 1)) @ (vectors.T @ g.detach())
+        inverse = torch.where(curved, 1 / eigenvalues.abs(), 0)
+        newton = vectors @ (inverse * (vectors.T @ g.detach()))
         w, size = vector(mdp.w).detach(), 1.0
         set_vector(mdp.w, w - newton)
         if newton.norm() < 1e-12:
@@ -382,7 +383,7 @@ class TestCosine:
         assert abs(self.cosine("initial", 1.0, {0})) == pytest.approx(1, abs=1e-10)
         assert abs(self.cosine("initial", 1.0, {0}, n=1)) == pytest.approx(1, abs=1e-10)
         # γᵗ, which the policy gradient does not have, alone makes a small difference
-        assert 0.95 < abs(self.cosine("initial", GAMMA, {0})) < 1
+        assert 0.95 < abs(self.cosine("initial", GAMMA, {0})) < 1 - 1e-6
 
     def test_every_is_not(self):
         """A direction of its own, even from one start state and without discounting."""
@@ -478,7 +479,8 @@ class TestGaussNewton:
         batch = mdp.sampled_batch(50, np.random.default_rng(2))
         f1, f2 = mdp.surrogates(batch, start_states, curvature="gauss-newton")
         total, info = stac_ac.stackelberg_gradient(f1, f2, mdp.theta, mdp.w, lam, 200, 1e-13)
-        d = derivatives(*mdp.surrogates(batch, start_states)[:1], f2, f2, mdp.theta, mdp.w)
+        f1_hessian, _ = mdp.surrogates(batch, start_states)  # the actor's cost has no curvature
+        d = derivatives(f1_hessian, f2, f2, mdp.theta, mdp.w)
         J = second(mdp.critic(batch.obs, batch.actions), mdp.w)
         v = torch.linalg.solve(2 / len(J) * J.T @ J + lam * torch.eye(J.shape[1]), d["∇_wf1"])
         expected = d["∇_θf1"] - d["∇_θ∇_wf2"].T @ v
@@ -489,7 +491,11 @@ class TestGaussNewton:
 @pytest.mark.parametrize("curvature", ["hessian", "gauss-newton"])
 @pytest.mark.parametrize("activation", [torch.nn.ReLU, torch.nn.SiLU, torch.nn.GELU])
 def test_a_changed_network_and_loss(activation, curvature, monkeypatch):
-    """Another activation, a normalisation and Huber's loss with weights: changed in one place, followed everywhere."""
+    """Another activation, a normalisation and Huber's loss with weights: changed in one place, followed everywhere.
+
+    With slope_i = ∂L/∂V_i, bend_i = ∂²L/∂V_i² and 𝒥 = ∂V/∂w: ∇_wL = 𝒥ᵀ slope, and its Hessian is 𝒥ᵀ bend 𝒥 plus
+    Σ slope_i ∇_w²V_i. θ moves target i by influence_i, so that ∇_θ∇_wL = -𝒥ᵀ bend influence.
+    """
     mdp = MDP("v")
     mdp.critic.v = torch.nn.Sequential(
         torch.nn.Linear(1, 4), activation(), torch.nn.LayerNorm(4), torch.nn.Linear(4, 1)
