@@ -160,7 +160,9 @@ def make_env(env_id, max_episode_steps=None, video_folder=None, video_every=1):
     if not isinstance(obs_space, gym.spaces.Box) or not (discrete or vector):
         stop(f"{env_id} needs flat observations and actions in a Discrete or 1-d Box, not {obs_space} and {act_space}")
     if env.spec is None:
-        stop("the environment needs a spec: register it, and make it by gym.make")
+        stop(
+            f"{env_id} has no spec, which says its time limit: register it, and use gym.make (with arguments that copy)"
+        )
     if env.spec.max_episode_steps is None:
         stop(f"{env_id} has no time limit, so an episode may never end: --max-episode-steps 1000 sets one")
     if video_folder:
@@ -390,8 +392,8 @@ def discounted_sum(x, discount, trajectory):
 
 # What the batch says at (θ_k, w_k), constants [N] for both players. returns: Monte Carlo, of V^π(s) and Q^π(s, a), the
 # critic's targets. mc_advantages: the returns less the baseline V_w(s), for L. advantages, for J: GAE, or
-# with a Q critic Q_w(s, a) - V_w(s). Trap: with other targets, such as advantages + values, `influence` in
-# `critic_surrogate` has to become their derivative (GAE's: of `advantages`, discounted by γλ).
+# with a Q critic Q_w(s, a) - V_w(s). Trap: other targets need their own `influence` in `critic_surrogate` (`every`,
+# `initial`): advantages + values the sum of score * advantages, discounted by γλ.
 Estimates = namedtuple("Estimates", "returns mc_advantages advantages")
 
 
@@ -420,7 +422,7 @@ def estimate(actor, critic, batch, args):
 def score_function(policy, actions):
     """log π_θ(a|s) less its own value: zeros [N] whose gradient is ∇_θ log π_θ(a|s).
 
-    Trap: where it is not zero, as with the log π of an older policy, it moves the critic's targets.
+    Trap: less the log π of an older policy, as in PPO, it is not zero, and moves the critic's targets.
     """
     log_prob = policy.log_prob(actions)
     return log_prob - log_prob.detach()
@@ -461,8 +463,8 @@ def critic_loss(values, targets, ratio=1):
 
     `critic_surrogate` puts θ into the targets and into the ratio, which is 1 but has the gradient of log π, times the
     weight of s_0. For the critic's own steps both are constants.
-    Traps: all terms of L belong here, as it has three callers; and one that leaves out the ratio loses the first term
-    of Theorem 1 (Q critic).
+    Traps: a further term of L belongs here, for all three callers. A loss without the ratio loses the first term of
+    Theorem 1 (Q critic).
     """
     return (ratio * (values - targets) ** 2).mean()
 
@@ -669,7 +671,7 @@ def player_gradients(actor, critic, batch, estimates, lam, args):
 # Update
 def optimizer_step(optimizer, parameters, grads):
     """One step of an optimizer along given gradients (here is the place to clip them)."""
-    optimizer.zero_grad()  # what you freeze during a run would go on along its last gradient
+    optimizer.zero_grad()  # or what you freeze during a run would go on along its last gradient
     for p, g in zip(parameters, grads, strict=True):
         p.grad = g.detach()
     optimizer.step()
@@ -868,26 +870,30 @@ def update_scalars(f_actor, f_critic, info, lam):
 # Training
 def check_first_batch(actor, critic, batch):
     """Ends the run in one line if it would be silently wrong with these networks."""
+    actor, critic = copy.deepcopy((actor, critic))  # a pass may change buffers and draw noise: neither is for the run
     if set(actor.parameters()) & set(critic.parameters()):
         stop("actor and critic share parameters, so they are no two players")
     if not (trainable(actor) and trainable(critic)):
-        stop("all parameters of a player are frozen")
-    if not torch.isin(batch.trajectory.diff(), torch.tensor([0, 1]).to(batch.trajectory)).all():
+        stop("all parameters of the actor or of the critic are frozen")
+    if len(batch.trajectory.unique_consecutive()) != len(batch.trajectory.unique()):
         stop("the batch is not trajectory after trajectory, as the estimates take it to be")
-    values = critic(batch.obs, batch.actions)
+    with torch.random.fork_rng([batch.obs.device] if batch.obs.is_cuda else []):
+        values = critic(batch.obs, batch.actions)
     if values.shape != batch.rewards.shape:
         stop(f"the critic's values are {tuple(values.shape)}, not {tuple(batch.rewards.shape)} like the rewards")
     # the policy that acts and the policy that learns, in float64: rounding is no difference
-    policy = copy.deepcopy(actor).cpu().double()
-    with torch.no_grad():
-        for x in [*policy.parameters(), *policy.buffers()]:
-            if x.is_floating_point():
-                x.add_(0.1)  # or what does nothing at first, such as running statistics, would not be seen
+    policy = actor.cpu().double()
     obs = batch.obs.cpu().double()
     actions = batch.actions.cpu()
-    acted = policy.acting_distribution(obs).log_prob(actions)
-    if not torch.allclose(acted, policy(obs).log_prob(actions), rtol=1e-6, atol=1e-6):
-        stop("the actor's forward is not its acting_distribution: they are two policies (see Actor.sampler)")
+    for shift in (0.0, 0.01):  # moved as well, to see what does nothing at first, such as running statistics
+        with torch.no_grad():
+            for x in [*policy.parameters(), *policy.buffers()]:
+                if x.is_floating_point():
+                    x.add_(shift)
+        acted = policy.acting_distribution(obs).log_prob(actions)
+        learned = policy(obs).log_prob(actions)
+        if not torch.allclose(acted, learned, rtol=1e-6, atol=1e-6, equal_nan=True):
+            stop("the actor's forward is not its acting_distribution: they are two policies (see Actor.sampler)")
 
 
 def train(args):

@@ -115,6 +115,7 @@ def check_args(args):
         ("--evaluate must not be empty", args.evaluate != ""),
         ("--buffer-size must be positive", args.buffer_size > 0),
         ("--gamma must be between 0 and 1", 0 <= args.gamma <= 1),
+        ("--gamma 0 leaves nothing of the actor in L: it needs --leader none", args.gamma > 0 or args.leader == "none"),
         ("--tau must be between 0 and 1", 0 <= args.tau <= 1),
         ("--batch-size must be positive", args.batch_size > 0),
         ("--start-steps must not be negative", args.start_steps >= 0),
@@ -158,7 +159,9 @@ def make_env(env_id, max_episode_steps=None, video_folder=None, video_every=1):
     if not isinstance(obs_space, gym.spaces.Box) or not bounded:
         stop(f"{env_id} needs flat observations and actions in a bounded 1-d Box, not {obs_space} and {act_space}")
     if env.spec is None:
-        stop("the environment needs a spec: register it, and make it by gym.make")
+        stop(
+            f"{env_id} has no spec, which says its time limit: register it, and use gym.make (with arguments that copy)"
+        )
     if env.spec.max_episode_steps is None:
         stop(f"{env_id} has no time limit, so an evaluation may never end: --max-episode-steps 1000 sets one")
     if video_folder:
@@ -530,7 +533,7 @@ def player_gradients(actor, critic, target_critic, batch, alpha, lam, args):
 # Update
 def optimizer_step(optimizer, parameters, grads):
     """One step of an optimizer along given gradients (here is the place to clip them)."""
-    optimizer.zero_grad()  # what you freeze during a run would go on along its last gradient
+    optimizer.zero_grad()  # or what you freeze during a run would go on along its last gradient
     for p, g in zip(parameters, grads, strict=True):
         p.grad = g.detach()
     optimizer.step()
@@ -992,23 +995,28 @@ def update_scalars(f_actor, f_critic, info, lam):
 
 # Training
 def check_targets(actor, critic, target_critic, batch, alpha, args):
-    """Refuses targets y that depend on w, and, where somebody leads, those whose Q does not depend on θ.
+    """Refuses targets y that depend on w and, unless --leader is none, targets whose Q does not depend on θ.
 
-    It changes the networks that it gets.
+    It changes the networks that it gets: `check_first_batch` has copies.
     """
     with torch.no_grad():
         for p in trainable(actor):
-            p.mul_(0.01)  # at its bounds a policy does not move Q, and that is no mistake
-    batch = batch._replace(terminated=torch.zeros_like(batch.terminated))
-    _, _, y = critic_cost(actor, critic, target_critic, batch, 0 * alpha, args)  # the entropy moves with θ in any case
-    if not y.requires_grad:
-        return
+            p.mul_(0.01)  # away from its bounds, where a policy does not move Q in float32
+        for p in target_critic.parameters():
+            p.add_(1e-3 * torch.randn_like(p))  # away from 0, where a last layer may begin
+    batch = batch._replace(terminated=torch.zeros_like(batch.terminated))  # after a terminal state y has no Q
+    alpha = 0 * alpha  # the entropy depends on θ in any case
+    _, _, y = critic_cost(actor, critic, target_critic, batch, alpha, args)
     theta = trainable(actor)
-    grads = torch.autograd.grad(y.sum(), [*theta, *trainable(critic)], allow_unused=True)
-    if any(g is not None for g in grads[len(theta) :]):
-        stop("the targets depend on the critic's own parameters: they have to be of the target network")
-    if args.leader != "none" and not any(g is not None and g.any() for g in grads[: len(theta)]):
-        stop("the leader cannot influence the follower: Q in the targets does not depend on θ (no_grad or detach?)")
+    w = trainable(critic)
+    grad_theta = [None] * len(theta)
+    if y.requires_grad:
+        grads = torch.autograd.grad(y, [*theta, *w], torch.randn_like(y), allow_unused=True)
+        grad_theta = grads[: len(theta)]
+        if any(g is not None for g in grads[len(theta) :]):
+            stop("the targets depend on the critic's own parameters: take their Q from the target network")
+    if args.leader != "none" and not any(g is not None and g.any() for g in grad_theta):
+        stop("the leader has no influence: Q in the targets does not depend on θ (no_grad, detach, or all clipped?)")
 
 
 def check_first_batch(nets, batch, alpha, lam, args):
@@ -1018,9 +1026,9 @@ def check_first_batch(nets, batch, alpha, lam, args):
     if set(actor.parameters()) & set(critic.parameters()):
         stop("actor and critic share parameters, so they are no two players")
     if set(critic.parameters()) & set(target_critic.parameters()):
-        stop("the critic shares parameters with its target network, where they are frozen")
+        stop("the critic shares parameters with its target network, which freezes them: give the target a copy")
     if not (trainable(actor) and trainable(critic)):
-        stop("all parameters of a player are frozen")
+        stop("all parameters of the actor or of the critic are frozen")
     with torch.random.fork_rng([batch.obs.device] if batch.obs.is_cuda else []):
         *_, info = player_gradients(*nets, batch, alpha, lam, args)
         if "residual" in info and info["residual"].isinf():

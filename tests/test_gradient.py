@@ -343,6 +343,36 @@ def test_targets_whose_q_is_cut_off_are_an_error(player, monkeypatch):
     Game(stsac).check(5.0, leader="none")
 
 
+def test_targets_that_are_cut_off_beside_a_further_term_are_an_error(script, monkeypatch):
+    """The term depends on θ, and so does the follower's gradient."""
+    cost = script.critic_cost
+
+    def with_a_term(actor, critic, target_critic, batch, *rest):
+        f_critic, qs, y = cost(actor, critic, target_critic, batch, *rest)
+        policy = actor(batch.obs)
+        actions = policy[0] if isinstance(policy, tuple) else policy
+        return f_critic + torch.stack(as_tuple(critic(batch.obs, actions))).square().mean(), qs, y
+
+    game = Game(script)
+    monkeypatch.setattr(script, "critic_cost", with_a_term)
+    game.check(5.0, precondition=False)
+    monkeypatch.setattr(script, "td_target", torch.no_grad()(script.td_target))
+    with pytest.raises(SystemExit, match="Q in the targets does not depend on θ"):
+        game.check(5.0, precondition=False)
+
+
+@pytest.mark.parametrize("player", ["none", *PLAYERS])
+def test_a_critic_that_begins_at_zero_is_no_error(script, player):
+    """Its targets move with θ a step later."""
+    game = Game(script)
+    for critic in (game.critic, game.target_critic):
+        for name, q in critic.named_children():
+            assert name[0] == "q"
+            q[-1].weight.data.zero_()
+    if PLAYERS.get(player, {}).get("leader") != "critic":
+        game.check(5.0, **PLAYERS.get(player, {"leader": "none"}))
+
+
 @pytest.mark.parametrize("player", ["none", *PLAYERS])
 def test_a_policy_at_its_bounds_is_no_error(script, player):
     """There Q does not move with θ in float32."""
@@ -367,7 +397,7 @@ def test_targets_of_the_critic_itself_are_an_error(script, player, monkeypatch):
 def test_a_player_that_is_frozen_is_an_error(script):
     game = Game(script)
     game.critic.requires_grad_(False)
-    with pytest.raises(SystemExit, match="all parameters of a player are frozen"):
+    with pytest.raises(SystemExit, match="all parameters of the actor or of the critic are frozen"):
         game.check(5.0, leader="none")
 
 
@@ -377,6 +407,11 @@ def test_an_encoder_shared_with_the_target_network_is_an_error(script):
     game.target_critic.q1 = game.critic.q1
     with pytest.raises(SystemExit, match="shares parameters with its target network"):
         game.check(5.0, leader="none")
+    if script is stddpg:
+        game = Game(script)
+        game.target_actor.net[0] = game.actor.net[0]
+        with pytest.raises(SystemExit, match="shares parameters with its target network"):
+            game.check(5.0, leader="none")
 
 
 def test_what_is_frozen_during_a_run_stays(script):

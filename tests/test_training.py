@@ -788,7 +788,7 @@ NUMBERS = {
     "--q-lr": ["-1", "nan", "inf", "1e300"],
     "--lam-decay": ["0", "nan", "inf", "1e300"],
     "--seed": ["-1", str(2**31), "9" * 30],
-    "--gamma": ["-0.1", "1.1", "nan"],
+    "--gamma": ["-0.1", "1.1", "nan", "0"],
     "--tau": ["-0.1", "1.1", "nan"],
     "--cg-tol": ["-0.1", "nan"],
     "--start-steps": ["-1"],
@@ -817,7 +817,7 @@ def test_values_that_no_run_can_have(here, script, monkeypatch):
 def test_edge_values_are_accepted(script):
     edges = {"seed": 0, "gamma": 1.0, "tau": 1.0, "start_steps": 0, "update_after": 0, "policy_lr": 0.0, "q_lr": 0.0}
     script.check_args(args(script, lam=0.0, cg_tol=1.0, **edges))
-    script.check_args(args(script, seed=2**31 - 1, gamma=0.0, tau=0.0, cg_tol=0.0))
+    script.check_args(args(script, seed=2**31 - 1, gamma=0.0, leader="none", tau=0.0, cg_tol=0.0))
 
 
 TASKS = {
@@ -834,7 +834,7 @@ def test_an_environment_that_is_not_registered(here, script, monkeypatch):
     from point_env import Point
 
     monkeypatch.setattr(script.gym, "make", lambda env_id: gym.wrappers.TimeLimit(Point(), 20))
-    assert "needs a spec" in error_of(script.train, args(script, total_timesteps=20))
+    assert f"{POINT} has no spec" in error_of(script.train, args(script, total_timesteps=20))
 
 
 @pytest.mark.parametrize("env_id", TASKS)
