@@ -363,14 +363,11 @@ def test_targets_that_are_cut_off_beside_a_further_term_are_an_error(script, mon
 
 @pytest.mark.parametrize("player", ["none", *PLAYERS])
 def test_a_critic_that_begins_at_zero_is_no_error(script, player):
-    """Its targets move with θ a step later."""
+    """Its last layer, whose targets move with θ a step later."""
     game = Game(script)
-    for critic in (game.critic, game.target_critic):
-        for name, q in critic.named_children():
-            assert name[0] == "q"
-            q[-1].weight.data.zero_()
-    if PLAYERS.get(player, {}).get("leader") != "critic":
-        game.check(5.0, **PLAYERS.get(player, {"leader": "none"}))
+    for q in [*game.critic.children(), *game.target_critic.children()]:
+        q[-1].weight.data.zero_()
+    game.check(5.0, **PLAYERS.get(player, {"leader": "none"}))
 
 
 @pytest.mark.parametrize("player", ["none", *PLAYERS])
