@@ -12,8 +12,8 @@ Section 4.5,
 
     ∇₁f1 - (∇₂₁f2)ᵀ (∇₂²f2 + λI)⁻¹ ∇₂f1.
 
-Everything else is Spinning Up's vanilla policy gradient, but for plain gradient descent (Appendix E) and --unroll
-critic steps a batch.
+Everything else is Spinning Up's vanilla policy gradient, but for plain gradient descent and networks of (64, 32) units
+(Appendix E), actions that are clipped to their Box, and --unroll critic steps a batch.
 
     python stac_ac.py --env-id CartPole-v1 --leader actor --lam 0 --unroll 80    # STAC; none: AC
     python stac_ac.py --env-id Hopper-v4 --run-dir runs/hopper       # begins there; the same command carries it on
@@ -132,8 +132,12 @@ def check_args(args):
             "--start-states released needs --critic v (Theorem 1 was not released): say every or initial",
             args.critic == "v" or args.start_states != "released" or args.leader == "none",
         ),
+        (
+            "--gamma 0 leaves nothing of V in J: say --leader none, --start-states released or --critic q",
+            args.gamma > 0 or args.leader == "none" or args.start_states == "released" or args.critic == "q",
+        ),
         ("--cg-iters must be positive", args.cg_iters > 0),
-        ("--cg-tol must be between 0 and 1", 0 <= args.cg_tol <= 1),
+        ("--cg-tol must be at least 0 and below 1", 0 <= args.cg_tol < 1),  # at 1 a solve ends where it starts
     ]
     for message, holds in conditions:
         if not holds:
@@ -147,8 +151,8 @@ TRAIN, PLAY = 0, 1  # streams of episodes, each with seeds of its own
 def make_env(env_id, max_episode_steps=None, video_folder=None, video_every=1):
     """One environment with flat observations, Discrete actions or a 1-d Box of them, and a time limit.
 
-    Trap: a wrapper with a state, such as NormalizeObservation, has another state in --evaluate, and none is kept in a
-    checkpoint.
+    Traps: a wrapper with a state, such as NormalizeObservation, has another state in --evaluate, and none is kept in a
+    checkpoint; one that changes rewards changes the returns that are reported.
     """
     limit = {} if max_episode_steps is None else {"max_episode_steps": max_episode_steps}
     render = {"render_mode": "rgb_array"} if video_folder else {}  # not all environments know a render_mode
@@ -160,9 +164,7 @@ def make_env(env_id, max_episode_steps=None, video_folder=None, video_every=1):
     if not isinstance(obs_space, gym.spaces.Box) or not (discrete or vector):
         stop(f"{env_id} needs flat observations and actions in a Discrete or 1-d Box, not {obs_space} and {act_space}")
     if env.spec is None:
-        stop(
-            f"{env_id} has no spec, which says its time limit: register it, and use gym.make (with arguments that copy)"
-        )
+        stop(f"{env_id} has no spec, which has its time limit: register it, and use gym.make")
     if env.spec.max_episode_steps is None:
         stop(f"{env_id} has no time limit, so an episode may never end: --max-episode-steps 1000 sets one")
     if video_folder:
@@ -338,7 +340,8 @@ class QCritic(nn.Module):
 # Batch collection
 # N steps, trajectory after trajectory: obs, next_obs [N, obs_dim]; actions [N] (discrete) or [N, act_dim], before they
 # are clipped; rewards, terminated (0 or 1) and trajectory, the number of a step's trajectory, [N]. If its last step is
-# not `terminated`, it was cut: by a time limit, or by the end of the batch.
+# not `terminated`, it was cut: by a time limit, or by the end of the batch. Trap: the surrogates need a whole batch, of
+# the present θ: no minibatches, and one step of the actor.
 Rollout = namedtuple("Rollout", "obs actions rewards next_obs terminated trajectory")
 
 
@@ -670,7 +673,11 @@ def player_gradients(actor, critic, batch, estimates, lam, args):
 
 # Update
 def optimizer_step(optimizer, parameters, grads):
-    """One step of an optimizer along given gradients (here is the place to clip them)."""
+    """One step of an optimizer along given gradients (here is the place to clip them).
+
+    Traps: freeze by `requires_grad_(False)`, not by a rate of 0, or the game still counts on these parameters; and put
+    weight decay into the loss, or the other player does not know of it.
+    """
     optimizer.zero_grad()  # or what you freeze during a run would go on along its last gradient
     for p, g in zip(parameters, grads, strict=True):
         p.grad = g.detach()
@@ -745,7 +752,8 @@ def play(args):
 
 # The run's folder, checkpoints
 ALGORITHM = "stac"  # marks the files that this script writes; trap: give a copy with other networks another mark
-# flags that may differ when a run is carried on: it stays the same experiment
+# flags that may differ when a run is carried on: it stays the same experiment (trap: with a schedule over
+# total_timesteps it does not)
 MAY_CHANGE = {"exp_name", "cuda", "track", "capture_video", "save_model", "run_dir", "evaluate"}
 MAY_CHANGE |= {"eval_episodes", "checkpoint_every", "total_timesteps"}
 
@@ -958,6 +966,8 @@ def training_loop(run_dir, algorithm, args):
     writer = new_writer(run_dir, start, args)
     curvature = f", {args.curvature}" if args.leader != "none" else ""
     print(f"{algorithm}{curvature} on {args.env_id}, {device}, from step {start}: {run_dir}", flush=True)
+    if args.num_steps < env.spec.max_episode_steps:
+        print("a batch is shorter than the time limit: it cuts long episodes, and returns are those of the others")
 
     checkpoint_step = start
     start_time = time.perf_counter()

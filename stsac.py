@@ -128,7 +128,7 @@ def check_args(args):
         ("--lam-decay must be between 1e-6 and 1e12", args.lam_decay is None or 1e-6 <= args.lam_decay <= 1e12),
         ("--unroll must be positive", args.unroll > 0),
         ("--cg-iters must be positive", args.cg_iters > 0),
-        ("--cg-tol must be between 0 and 1", 0 <= args.cg_tol <= 1),
+        ("--cg-tol must be at least 0 and below 1", 0 <= args.cg_tol < 1),  # at 1 a solve ends where it starts
         (
             "--curvature gauss-newton needs a critic that follows (-J is no sum of squares)",
             args.curvature == "hessian" or args.leader != "critic",
@@ -147,8 +147,8 @@ TRAIN, EVAL, PLAY = 0, 1, 2  # streams of episodes, each with seeds of its own
 def make_env(env_id, max_episode_steps=None, video_folder=None, video_every=1):
     """One environment with flat observations, actions in a bounded Box, and a time limit.
 
-    Trap: a wrapper with a state, such as NormalizeObservation, has another state in evaluations, and none is kept in a
-    checkpoint.
+    Traps: a wrapper with a state, such as NormalizeObservation, has another state in evaluations, and none is kept in a
+    checkpoint; one that changes rewards changes the returns that are reported.
     """
     limit = {} if max_episode_steps is None else {"max_episode_steps": max_episode_steps}
     render = {"render_mode": "rgb_array"} if video_folder else {}  # not all environments know a render_mode
@@ -159,9 +159,7 @@ def make_env(env_id, max_episode_steps=None, video_folder=None, video_every=1):
     if not isinstance(obs_space, gym.spaces.Box) or not bounded:
         stop(f"{env_id} needs flat observations and actions in a bounded 1-d Box, not {obs_space} and {act_space}")
     if env.spec is None:
-        stop(
-            f"{env_id} has no spec, which says its time limit: register it, and use gym.make (with arguments that copy)"
-        )
+        stop(f"{env_id} has no spec, which has its time limit: register it, and use gym.make")
     if env.spec.max_episode_steps is None:
         stop(f"{env_id} has no time limit, so an evaluation may never end: --max-episode-steps 1000 sets one")
     if video_folder:
@@ -532,7 +530,11 @@ def player_gradients(actor, critic, target_critic, batch, alpha, lam, args):
 
 # Update
 def optimizer_step(optimizer, parameters, grads):
-    """One step of an optimizer along given gradients (here is the place to clip them)."""
+    """One step of an optimizer along given gradients (here is the place to clip them).
+
+    Traps: freeze by `requires_grad_(False)`, not by a rate of 0, or the game still counts on these parameters; and put
+    weight decay into the loss, or the other player does not know of it.
+    """
     optimizer.zero_grad()  # or what you freeze during a run would go on along its last gradient
     for p, g in zip(parameters, grads, strict=True):
         p.grad = g.detach()
@@ -868,7 +870,8 @@ def play(args):
 
 # The run's folder, checkpoints
 ALGORITHM = "stsac"  # marks the files that this script writes; trap: give a copy with other networks another mark
-# flags that may differ when a run is carried on: it stays the same experiment
+# flags that may differ when a run is carried on: it stays the same experiment (trap: with a schedule over
+# total_timesteps it does not)
 MAY_CHANGE = {"exp_name", "cuda", "compile", "track", "capture_video", "save_model", "run_dir", "evaluate"}
 MAY_CHANGE |= {"eval_every", "eval_episodes", "checkpoint_every", "total_timesteps"}
 
@@ -1123,7 +1126,7 @@ def training_loop(run_dir, algorithm, args):
 
     nets = actor, critic, target_critic
     optimizers = actor_optimizer, q_optimizer
-    first_update = max(start + 1, args.update_after)
+    checked = False
     checkpoint_step = start
     start_time = time.perf_counter()
     told_step, told_time = start, start_time
@@ -1162,8 +1165,9 @@ def training_loop(run_dir, algorithm, args):
             alpha = log_alpha[0].detach().exp() if args.autotune else torch.full((), args.alpha, device=device)
             decay = math.exp(-global_step / args.lam_decay) if args.lam_decay else 1.0
             lam = torch.full((), args.lam * decay, device=device)
-            if global_step == first_update:
+            if not checked:
                 check_first_batch(nets, batches[0], alpha, lam, args)
+                checked = True
             f_actor, f_critic, info = stackelberg_update(nets, optimizers, batches, alpha, lam, args, gradients)
             implicit_norm = info.get("implicit_norm", 0.0)
             if not (f_actor + f_critic + implicit_norm).isfinite():

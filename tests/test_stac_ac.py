@@ -355,7 +355,8 @@ BAD = {
     "negative seed": (["--seed", "-1"], "--seed"),
     "tiny decay": (["--lam-decay", "1e-300"], "--lam-decay"),
     "no CG iterations": (["--cg-iters", "0"], "--cg-iters"),
-    "tolerance": (["--cg-tol", "2"], "--cg-tol"),
+    "tolerance": (["--cg-tol", "1"], "--cg-tol"),
+    "nothing of V": (["--gamma", "0", "--start-states", "initial"], "--gamma 0"),
     "no follower steps": (["--unroll", "0"], "--unroll"),
     "no hidden units": (["--hidden", "8", "0"], "--hidden"),
     "empty batch": (["--num-steps", "0"], "--num-steps"),
@@ -386,7 +387,8 @@ def test_edge_values_are_accepted():
     stac_ac.check_args(stac_ac.Args(critic="q", leader="none"))  # it has no start states
     edges = {"gamma": 1.0, "gae_lambda": 1.0, "lam": 0.0, "cg_tol": 0.0, "policy_lr": 0.0, "critic_lr": 0.0}
     stac_ac.check_args(stac_ac.Args(seed=0, num_steps=800_000, **edges))
-    stac_ac.check_args(stac_ac.Args(seed=2**31 - 1, gamma=0.0, gae_lambda=0.0, cg_tol=1.0))
+    stac_ac.check_args(stac_ac.Args(seed=2**31 - 1, gamma=0.0, gae_lambda=0.0, cg_tol=0.99))
+    stac_ac.check_args(stac_ac.Args(gamma=0.0, start_states="every", critic="q"))
 
 
 def test_the_defaults():
@@ -713,6 +715,13 @@ def test_the_curves_are_of_the_update(monkeypatch):
             assert logged[f"stackelberg/cg_{name}"] == pytest.approx(float(info[name]))
 
 
+def test_a_batch_that_is_shorter_than_an_episode(capsys):
+    """Only what ends early in it would count."""
+    for num_steps, said in ((19, True), (20, False)):
+        stac_ac.train(args(num_steps=num_steps, total_timesteps=num_steps))
+        assert ("a batch is shorter than the time limit" in capsys.readouterr().out) == said
+
+
 def test_a_batch_without_the_end_of_an_episode(capsys):
     run_dir = stac_ac.train(args(env_id="point_env:PointTimeout-v0", total_timesteps=400))
     assert "charts/batch_return" not in scalars(run_dir)
@@ -781,14 +790,14 @@ def test_the_copied_file_runs_alone(here):
     """In an empty folder, with no other file of the project in reach, where stdout knows ASCII alone; nothing but its
     lines is printed."""
     copy = shutil.copy(stac_ac.__file__, here)
-    line = "--env-id Hopper-v4 --total-timesteps 600 --num-steps 200 --no-cuda".split()
+    line = "--env-id Hopper-v4 --total-timesteps 3000 --num-steps 1000 --no-cuda".split()
     code, out, err = finish(command(*line, cwd=here, script=copy, PYTHONPATH="", PYTHONIOENCODING="ascii"))
     assert code == 0 and err == ""
     (run_dir,) = here.glob("runs/*")
     assert run_dir.name.startswith("Hopper-v4__stac-al__1__") and (run_dir / "checkpoint.pt").exists()
     first, batch_return, last = out.splitlines()
     assert first == f"stac-al, hessian on Hopper-v4, cpu, from step 0: runs/{run_dir.name}"
-    assert batch_return.startswith("step 600: batch return ") and " ? " in batch_return
+    assert batch_return.startswith("step 3000: batch return ") and " ? " in batch_return
     assert last == f"finished: runs/{run_dir.name}"
 
 
