@@ -391,6 +391,15 @@ def test_targets_of_the_critic_itself_are_an_error(script, player, monkeypatch):
         Game(script).check(5.0, **PLAYERS.get(player, {"leader": "none"}))
 
 
+def test_a_parameter_that_does_not_matter_is_no_error(script):
+    """Its gradient is zero, whoever leads."""
+    for player in ({"leader": "none"}, *PLAYERS.values()):
+        game = Game(script)
+        game.actor.spare = torch.nn.Parameter(torch.ones(2).double())
+        *_, grad_theta, _, _ = game.gradients(5.0, **player)
+        assert vector(grad_theta).norm() > 0 and any((g == 0).all() for g in grad_theta if g.shape == (2,))
+
+
 def test_a_player_that_is_frozen_is_an_error(script):
     game = Game(script)
     game.critic.requires_grad_(False)

@@ -388,7 +388,7 @@ def test_edge_values_are_accepted():
     edges = {"gamma": 1.0, "gae_lambda": 1.0, "lam": 0.0, "cg_tol": 0.0, "policy_lr": 0.0, "critic_lr": 0.0}
     stac_ac.check_args(stac_ac.Args(seed=0, num_steps=800_000, **edges))
     stac_ac.check_args(stac_ac.Args(seed=2**31 - 1, gamma=0.0, gae_lambda=0.0, cg_tol=0.99))
-    stac_ac.check_args(stac_ac.Args(gamma=0.0, start_states="every", critic="q"))
+    stac_ac.check_args(stac_ac.Args(gamma=0.0, start_states="every", critic="q", max_episode_steps=1))
 
 
 def test_the_defaults():
@@ -759,6 +759,18 @@ def test_evaluation_is_the_mean_policys_return():
             total -= float(position @ position)
         expected.append(total)
     np.testing.assert_allclose(stac_ac.evaluate(actor, env, 3, 5, 6), expected, rtol=1e-5)
+
+
+def test_an_evaluation_keeps_the_modes():
+    """Of a part that is not training for good, such as an encoder that its user froze."""
+    env = stac_ac.make_env("point_env:Point-v0")
+    actor = stac_ac.Actor(env.observation_space, env.action_space, (8,))
+    actor.net[0].eval()
+    modes = []
+    actor.net[1].register_forward_pre_hook(lambda module, inputs: modes.append(module.training))
+    stac_ac.evaluate(actor, env, 1, 1)
+    assert modes and not any(modes)
+    assert actor.training and actor.net[1].training and not actor.net[0].training
 
 
 def test_evaluate_plays_the_models_task(monkeypatch, capsys):

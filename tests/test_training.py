@@ -817,7 +817,7 @@ def test_values_that_no_run_can_have(here, script, monkeypatch):
 def test_edge_values_are_accepted(script):
     edges = {"seed": 0, "gamma": 1.0, "tau": 1.0, "start_steps": 0, "update_after": 0, "policy_lr": 0.0, "q_lr": 0.0}
     edges |= {"alpha": 0.0} if script is stsac else {"exploration_noise": 0.0}
-    script.check_args(args(script, lam=0.0, cg_tol=0.99, **edges))
+    script.check_args(args(script, lam=0.0, cg_tol=0.99, max_episode_steps=1, **edges))
     script.check_args(args(script, seed=2**31 - 1, gamma=0.0, leader="none", tau=0.0, cg_tol=0.0))
 
 
