@@ -878,7 +878,8 @@ def update_scalars(f_actor, f_critic, info, lam):
 # Training
 def check_first_batch(actor, critic, batch):
     """Ends the run in one line if it would be silently wrong with these networks."""
-    actor, critic = copy.deepcopy((actor, critic))  # a pass may change buffers and draw noise: neither is for the run
+    # a pass may change buffers and draws noise: neither is to touch the run
+    actor, critic = copy.deepcopy((actor, critic))
     if set(actor.parameters()) & set(critic.parameters()):
         stop("actor and critic share parameters, so they are no two players")
     if not (trainable(actor) and trainable(critic)):

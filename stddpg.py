@@ -1006,12 +1006,14 @@ def check_targets(actor, critic, target_critic, batch, args):
     _, _, y = critic_cost(actor, critic, target_critic, batch, args)
     theta = trainable(actor)
     w = trainable(critic)
-    grad_theta = [None] * len(theta)
+    grads = [None] * len(theta + w)
     if y.requires_grad:
-        grads = torch.autograd.grad(y, [*theta, *w], torch.randn_like(y), allow_unused=True)
-        grad_theta = grads[: len(theta)]
-        if any(g is not None for g in grads[len(theta) :]):
-            stop("the targets depend on the critic's own parameters: take their Q from the target network")
+        direction = torch.randn_like(y)  # not y's sum, which can be a constant
+        grads = torch.autograd.grad(y, theta + w, direction, allow_unused=True)
+    grad_theta = grads[: len(theta)]
+    grad_w = grads[len(theta) :]
+    if any(g is not None for g in grad_w):
+        stop("the targets depend on the critic's own parameters: take their Q from the target network")
     if args.leader != "none" and not any(g is not None and g.any() for g in grad_theta):
         stop("the leader has no influence: Q in the targets does not depend on θ (no_grad, detach, or all clipped?)")
 
